@@ -1,0 +1,171 @@
+"""From a base, a method and sentences to a trained state: the pieces that `classify` and `peft_table` share."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from research.convert.load import Pretrained
+from research.data import text, tokenize
+from research.data.batches import Batches, eval_batches
+from research.errors import FlagError
+from research.models.bert import BertConfig
+from research.peft import adapter, registry, tree
+from research.peft import method as peft
+from research.peft.method import Method, Sites, Variables, fold
+from research.tasks import classify
+from research.train import optimizer, step
+from research.train import state as states
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. learning_rate is the peak; warmup is in steps, or a fraction of them when below 1."""
+
+    learning_rate: float
+    steps: int = 300
+    batch_size: int = 32
+    micro_batches: int = 1
+    max_length: int = 48
+    optimizer: str = "adamw"
+    schedule: str = "linear"
+    warmup: float = 0.06
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+
+    def tx(self) -> optax.GradientTransformation:
+        """The optimiser."""
+        return optimizer.make(
+            self.optimizer, self.learning_rate, schedule=self.schedule, steps=self.steps, warmup=self.warmup, weight_decay=self.weight_decay
+        )  # fmt: skip
+
+
+class Data(NamedTuple):
+    """Encoded parts: {"tokens", "mask" [N, T], "labels" [N]} each."""
+
+    train: dict[str, np.ndarray]
+    validation: dict[str, np.ndarray]
+    test: dict[str, np.ndarray]
+    class_names: tuple[str, ...]
+    fingerprint: str
+
+
+def load_data(source: str, tokenizer: Any, max_length: int) -> Data:
+    """Loads and encodes a labelled source; its notes are printed."""
+    splits = text.load(source)
+    parts = {}
+    for name in ("train", "validation", "test"):
+        examples = getattr(splits, name)
+        parts[name] = tokenize.encode(tokenizer, examples.texts, max_length) | {"labels": examples.labels}
+    for note in splits.notes:
+        print(note)
+    fingerprint = "-".join(getattr(splits, name).fingerprint for name in parts)
+    return Data(**parts, class_names=splits.class_names, fingerprint=fingerprint)
+
+
+class Run(NamedTuple):
+    """A method on a base, ready to train. `state` has a leading seed axis where several seeds were given."""
+
+    method: Method
+    sites: Sites
+    mask: Any
+    state: states.TrainState
+    frozen: Variables
+    step: step.Step
+    evaluate: Callable[..., dict[str, Any] | None]
+
+
+def start(base: Pretrained, spec: str, classes: int, recipe: Recipe, seeds: int | Sequence[int]) -> Run:
+    """Attaches the method and a head. A sequence of seeds makes one program of as many runs: own adapters, heads, optimiser states and data order, one base."""
+    method, sites = registry.parse(spec), peft.sites(base.model)
+    several, tx = not isinstance(seeds, int), recipe.tx()
+    rngs = [jax.random.key(seed) for seed in (seeds if several else [seeds])]
+
+    @jax.jit
+    def new(rng: jax.Array) -> Variables:
+        head = classify.init_head(fold(rng, "head"), base.config.hidden_size, classes, bias=isinstance(base.config, BertConfig))
+        return {"peft": peft.init(method, fold(rng, "peft"), sites), "head": head}
+
+    runs = [{"params": base.params} | new(rng) for rng in rngs]
+    if method.fit is not None:
+        runs = [method.fit(fold(rng, "fit"), variables, None, None) for rng, variables in zip(rngs, runs, strict=True)]
+    check_length(base, runs[0], recipe.max_length)
+    mask = peft.mask(method, runs[0])
+
+    @jax.jit
+    def begin(params: Any, added: Variables, rng: jax.Array) -> states.TrainState:
+        trainable, extra, _ = states.split({"params": params} | added, mask)
+        return states.create(trainable, tx, fold(rng, "train"), extra, mask)
+
+    added = [{k: v for k, v in run.items() if k != "params"} for run in runs]
+    if several:
+        stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *added)
+        state = jax.jit(jax.vmap(begin, in_axes=(None, 0, 0)))(base.params, stacked, jnp.stack(rngs))
+    else:
+        state = begin(base.params, added[0], rngs[0])
+    frozen = states.split(runs[0], mask)[2]
+    loss = classify.loss(base.model)
+    realise = None if method.realise is None else lambda v: method.realise(v, sites)
+    one = step.make_step(
+        loss, tx, realise=realise, penalty=method.penalty, update=method.update, rates=method.rates, clip_norm=recipe.clip_norm
+    )  # fmt: skip
+    return Run(
+        method,
+        sites,
+        mask,
+        state,
+        frozen,
+        step.over_seeds(one) if several else one,
+        step.make_eval(loss, realise=realise, seeds=several),
+    )
+
+
+def check_length(base: Pretrained, variables: Variables, max_length: int) -> None:
+    """FlagError where rows and virtual tokens together outgrow the model's positions."""
+    limit = base.config.max_positions - getattr(base.config, "position_offset", 0)
+    here = tree.paths(variables.get("peft", {}).get("embed", {}).get("prompt", {}))
+    virtual = sum(x.shape[0] if x.ndim else int(x) for x in here.values())
+    if max_length + virtual > limit:
+        most = limit - virtual
+        raise FlagError(f"max_length={max_length} and {virtual} virtual tokens exceed {limit} positions: at most {most}.")
+
+
+def batches(
+    data: dict[str, np.ndarray], recipe: Recipe, seeds: int | Sequence[int]
+) -> Callable[[int], dict[str, np.ndarray]]:
+    """step -> batch."""
+    return Batches(data, recipe.batch_size, seeds, recipe.micro_batches).batch
+
+
+def evaluator(run: Run, data: dict[str, np.ndarray], batch_size: int = 64) -> Callable[..., dict[str, Any] | None]:
+    """(state, stop) -> means over all rows of a part."""
+    return lambda state, stop=None: run.evaluate(state, run.frozen, eval_batches(data, batch_size), stop)
+
+
+def counts(run: Run) -> tuple[int, int]:
+    """(trainable, total) of base and added subtree, heads apart; for one run of several."""
+    several = run.state.step.ndim
+    variables = jax.eval_shape(lambda s: (states.take(s, 0) if several else s).variables(run.frozen), run.state)
+    bare = {k: v for k, v in variables.items() if k != "head"}
+    return tree.count(bare, {k: run.mask[k] for k in bare}), peft.parameters(bare, run.sites)
+
+
+def save_adapter(
+    directory: Any,
+    base: Pretrained,
+    spec: str,
+    run: Run,
+    state: states.TrainState,
+    data: Data,
+    recipe: Recipe,
+    **more: Any,
+) -> int:
+    """Saves what a single run has trained; returns its bytes."""
+    return adapter.save(
+        directory, spec, state.variables(run.frozen), run.sites, {"name": base.name, "fingerprint": base.fingerprint},
+        task="classify", classes=list(data.class_names), max_length=recipe.max_length, **more,
+    )  # fmt: skip

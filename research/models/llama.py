@@ -1,0 +1,230 @@
+"""LLaMA (arXiv 2302.13971) and its kin by configuration: SmolLM2, Mistral (arXiv 2310.06825), Qwen2 (arXiv 2407.10671), Qwen3 (arXiv 2505.09388).
+
+embed/tokens/embedding
+layers/attn_norm, layers/attn/{q,k,v,o}[/q_norm,k_norm], layers/mlp_norm, layers/mlp/{gate,up,down}      (leading axis L where scanned)
+norm, lm_head (untied)
+"""
+
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from research.nn.attention import Attention
+from research.nn.embed import Embed
+from research.nn.layers import apply_layers
+from research.nn.linear import Linear
+from research.nn.norm import RMSNorm
+from research.nn.rope import angles, frequencies
+from research.nn.sites import Outputs, Prompt, Residual
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Shapes and options. sliding_window: a query sees that many last positions, itself included. rope_scaling: see `research.nn.rope`."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_positions: int = 2048
+    rope_theta: float = 10000.0
+    rope_scaling: tuple | None = None
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    family: str = "llama"
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    scan: bool = True
+    remat: str = "none"
+
+
+_LLAMA31 = ("llama3", 8.0, 1.0, 4.0, 8192)
+_LLAMA32 = ("llama3", 32.0, 1.0, 4.0, 8192)
+_LLAMA3 = {"vocab_size": 128256, "head_dim": 128, "num_kv_heads": 8, "rope_theta": 500000.0}
+_QWEN2 = {
+    "vocab_size": 151936,
+    "rope_theta": 1e6,
+    "norm_eps": 1e-6,
+    "max_positions": 32768,
+    "qkv_bias": True,
+    "family": "qwen2",
+}
+_QWEN3 = {
+    "vocab_size": 151936,
+    "rope_theta": 1e6,
+    "norm_eps": 1e-6,
+    "max_positions": 40960,
+    "qk_norm": True,
+    "family": "qwen3",
+    "head_dim": 128,
+    "num_kv_heads": 8,
+}
+
+
+def _config(d: int, layers: int, heads: int, ffn: int, **more) -> LlamaConfig:
+    more = {"num_kv_heads": heads, "head_dim": d // heads} | more
+    return LlamaConfig(hidden_size=d, num_layers=layers, num_heads=heads, intermediate_size=ffn, **more)
+
+
+PRESETS = {
+    "smollm2-135m": _config(
+        576, 30, 9, 1536, vocab_size=49152, num_kv_heads=3, max_positions=8192, rope_theta=1e5, tie_embeddings=True
+    ),
+    "smollm2-360m": _config(
+        960, 32, 15, 2560, vocab_size=49152, num_kv_heads=5, max_positions=8192, rope_theta=1e5, tie_embeddings=True
+    ),
+    "smollm2-1.7b": _config(
+        2048, 24, 32, 8192, vocab_size=49152, max_positions=8192, rope_theta=130000.0, tie_embeddings=True
+    ),
+    "llama-7b": _config(4096, 32, 32, 11008, vocab_size=32000, norm_eps=1e-6),
+    "llama2-7b": _config(4096, 32, 32, 11008, vocab_size=32000, max_positions=4096),
+    "llama2-13b": _config(5120, 40, 40, 13824, vocab_size=32000, max_positions=4096),
+    "llama2-70b": _config(8192, 80, 64, 28672, vocab_size=32000, max_positions=4096, num_kv_heads=8),
+    "llama3-8b": _config(4096, 32, 32, 14336, max_positions=8192, **_LLAMA3),
+    "llama3-70b": _config(8192, 80, 64, 28672, max_positions=8192, **_LLAMA3),
+    "llama3.1-8b": _config(4096, 32, 32, 14336, max_positions=131072, rope_scaling=_LLAMA31, **_LLAMA3),
+    "llama3.1-70b": _config(8192, 80, 64, 28672, max_positions=131072, rope_scaling=_LLAMA31, **_LLAMA3),
+    "llama3.1-405b": _config(16384, 126, 128, 53248, max_positions=131072, rope_scaling=_LLAMA31, **_LLAMA3),
+    "llama3.2-1b": _config(
+        2048,
+        16,
+        32,
+        8192,
+        max_positions=131072,
+        rope_scaling=_LLAMA32,
+        tie_embeddings=True,
+        **(_LLAMA3 | {"head_dim": 64}),
+    ),
+    "llama3.2-3b": _config(
+        3072, 28, 24, 8192, max_positions=131072, rope_scaling=_LLAMA32, tie_embeddings=True, **_LLAMA3
+    ),
+    "mistral-7b": _config(
+        4096,
+        32,
+        32,
+        14336,
+        vocab_size=32000,
+        num_kv_heads=8,
+        max_positions=32768,
+        sliding_window=4096,
+        family="mistral",
+    ),
+    "qwen2-0.5b": _config(896, 24, 14, 4864, num_kv_heads=2, tie_embeddings=True, **_QWEN2),
+    "qwen2-7b": _config(3584, 28, 28, 18944, num_kv_heads=4, **(_QWEN2 | {"vocab_size": 152064})),
+    "qwen3-0.6b": _config(1024, 28, 16, 3072, tie_embeddings=True, **_QWEN3),
+    "qwen3-8b": _config(4096, 36, 32, 12288, **_QWEN3),
+}
+
+
+class Mlp(nn.Module):
+    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        t = {"use_bias": False, "dtype": c.dtype, "param_dtype": c.param_dtype}
+        gate = Linear(c.intermediate_size, ("embed", "mlp"), name="gate", **t)(x)
+        up = Linear(c.intermediate_size, ("embed", "mlp"), name="up", **t)(x)
+        return Linear(c.hidden_size, ("mlp", "embed"), name="down", **t)(jax.nn.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """x = x + attention(norm(x)); x = x + mlp(norm(x))."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+        c = self.config
+        attn = Attention(
+            c.num_heads, c.num_kv_heads, c.head_dim, qkv_bias=c.qkv_bias, qk_norm_eps=c.norm_eps if c.qk_norm else None,
+            dtype=c.dtype, param_dtype=c.param_dtype, name="attn",
+        )  # fmt: skip
+        h = RMSNorm(c.norm_eps, param_dtype=c.param_dtype, name="attn_norm")(x)
+        x = x + Residual(name="attn_residual")(x, h, attn(h, mask, (cos, sin)))
+        h = RMSNorm(c.norm_eps, param_dtype=c.param_dtype, name="mlp_norm")(x)
+        x = x + Residual(name="mlp_residual")(x, h, Mlp(c, name="mlp")(h))
+        return nn.with_logical_constraint(x, ("batch", "length", None))
+
+
+class Embeddings(nn.Module):
+    """The token table; virtual tokens come before the sequence."""
+
+    config: LlamaConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.tokens = Embed(c.vocab_size, c.hidden_size, dtype=c.dtype, param_dtype=c.param_dtype)
+        self.prompt = Prompt()
+
+    def __call__(self, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return self.prompt(self.tokens(tokens), mask, jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0))
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        return self.tokens.attend(x)
+
+
+class Llama(nn.Module):
+    """The decoder. `__call__` gives hidden states, `logits` the next-token logits."""
+
+    config: LlamaConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.embed = Embeddings(c)
+        self.layers = Block(c) if c.scan else [Block(c) for _ in range(c.num_layers)]
+        self.outputs = Outputs(c.num_layers)
+        self.norm = RMSNorm(c.norm_eps, param_dtype=c.param_dtype)
+        if not c.tie_embeddings:
+            self.lm_head = Linear(
+                c.vocab_size, ("embed", "vocab"), use_bias=False, dtype=c.dtype, param_dtype=c.param_dtype
+            )
+
+    def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """tokens, mask (1 real, 0 pad) int [B, T] -> hidden after the last norm [B, T, D].
+
+        Positions count real tokens, so that padding on either side changes no real token's result.
+        """
+        c = self.config
+        mask = jnp.ones_like(tokens) if mask is None else mask
+        x, slots, positions = self.embed(tokens, mask)
+        cos, sin = angles(positions, frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
+        x, layers = apply_layers(
+            self.layers, c, x, causal(slots, positions, c.sliding_window), cos, sin, collect=self.outputs.occupied
+        )
+        x = self.norm(self.outputs(x, layers)[:, -tokens.shape[1] :])
+        if self.is_initializing():
+            self.unembed(x[:, :1])
+        return x
+
+    def unembed(self, x: jax.Array) -> jax.Array:
+        """hidden [..., D] -> logits [..., V] fp32."""
+        return self.embed.attend(x) if self.config.tie_embeddings else self.lm_head(x).astype(jnp.float32)
+
+    def logits(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """tokens [B, T] -> logits [B, T, V] fp32."""
+        return self.unembed(self(tokens, mask))
+
+    def features(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        """[B, D] for a task head: the last real token, which has seen the whole sequence."""
+        last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+        return jnp.take_along_axis(self(tokens, mask), last[:, None, None], axis=1)[:, 0]
+
+
+def causal(mask: jax.Array, positions: jax.Array, window: int | None = None) -> jax.Array:
+    """mask, positions [B, T] -> bool [B, T, T]: real keys at or before the query, and within its window."""
+    t = mask.shape[1]
+    allowed = jnp.tril(jnp.ones((t, t), bool)) & mask[:, None, :].astype(bool)
+    if window is not None:
+        allowed &= positions[:, :, None] - positions[:, None, :] < window
+    return allowed

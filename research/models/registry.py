@@ -1,0 +1,24 @@
+"""Presets and modules by name."""
+
+import flax.linen as nn
+
+from research.errors import ModelError, did_you_mean
+from research.models import bert, llama
+
+Config = bert.BertConfig | llama.LlamaConfig
+
+PRESETS: dict[str, Config] = bert.PRESETS | llama.PRESETS
+
+_MODULES: dict[type, type[nn.Module]] = {bert.BertConfig: bert.Bert, llama.LlamaConfig: llama.Llama}
+
+
+def preset(name: str) -> Config:
+    """The configuration of a full-size model; ModelError names the nearest one."""
+    if name not in PRESETS:
+        raise ModelError(f"unknown model preset {name!r}.{did_you_mean(name, PRESETS)}")
+    return PRESETS[name]
+
+
+def build(config: Config) -> nn.Module:
+    """The module of a configuration."""
+    return _MODULES[type(config)](config)

@@ -1,0 +1,72 @@
+"""Multi-head attention with grouped keys, and the site `attention`."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from research.nn.linear import Linear
+from research.nn.norm import RMSNorm
+from research.nn.param import dropout, training_rng
+from research.nn.rope import rotate
+from research.nn.sites import KeysValues
+
+
+class Attention(nn.Module):
+    """softmax(q k' / sqrt(K)) v with `num_heads` queries over `num_kv_heads` keys.
+
+    qk_norm_eps: RMSNorm over each head of q and k before rotation (Qwen3) where it is given.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm_eps: float | None = None
+    dropout: float = 0.0
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array, rope: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
+        """x [B, T, D], mask bool [B, T or 1, S] (True where a query may look), rope (cos, sin) -> [B, T, D]."""
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        project_q = Linear(width, ("embed", "heads"), self.qkv_bias, name="q", **types)
+        project_k = Linear(kv_width, ("embed", "kv_heads"), self.qkv_bias, name="k", **types)
+        project_v = Linear(kv_width, ("embed", "kv_heads"), self.qkv_bias, name="v", **types)
+
+        def heads(y: jax.Array) -> jax.Array:
+            return y.reshape(*y.shape[:-1], -1, self.head_dim)
+
+        q, k, v = heads(project_q(x)), heads(project_k(x)), heads(project_v(x))
+        if self.qk_norm_eps is not None:
+            q = RMSNorm(self.qk_norm_eps, param_dtype=self.param_dtype, name="q_norm")(q)
+            k = RMSNorm(self.qk_norm_eps, param_dtype=self.param_dtype, name="k_norm")(k)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        k, v, mask = KeysValues(name="kv")(k, v, mask, x, lambda h: (heads(project_k(h)), heads(project_v(h))))
+        y = attend(q, k, v, mask, self.dropout, training_rng(self))
+        return Linear(x.shape[-1], ("heads", "embed"), self.out_bias, name="o", **types)(y)
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, rate: float = 0.0, rng: jax.Array | None = None
+) -> jax.Array:
+    """q [B, T, H, K], k and v [B, S, kv_heads, K], mask bool [B, T or 1, S] -> [B, T, H*K]. A row without a key gives a mean, not NaN.
+
+    The queries that share a key head are one batched product [B*kv_heads, G*T, K] x [B*kv_heads, K, S].
+    """
+    batch, t, num_heads, head_dim = q.shape
+    s, num_kv_heads = k.shape[1:3]
+    groups = num_heads // num_kv_heads
+    q = q.reshape(batch, t, num_kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
+    q = q.reshape(batch, num_kv_heads, groups * t, head_dim) * head_dim**-0.5
+    k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+    scores = jnp.matmul(q, k, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, num_kv_heads, groups, t, s)
+    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    probs = dropout(jax.nn.softmax(scores, axis=-1), rate, rng).astype(v.dtype)
+    y = jnp.matmul(probs.reshape(batch, num_kv_heads, groups * t, s), v)
+    y = y.reshape(batch, num_kv_heads, groups, t, head_dim).transpose(0, 3, 1, 2, 4)
+    return y.reshape(batch, t, num_heads * head_dim)

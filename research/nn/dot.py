@@ -1,0 +1,84 @@
+"""Products with a kernel that is an array, a quantised node, or a deferred low-rank sum.
+
+`LowRank(w, a, b)` stands for W + A B. Multiplying by it is written out by hand because autodiff would either form the dense gradient of the
+frozen W or multiply twice: dA = x' (dy B') and dB = (x A)' dy need only thin products (measured in `docs/design.md`).
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.custom_derivatives import SymbolicZero
+
+from research.nn.param import dense
+
+
+@struct.dataclass
+class LowRank:
+    """The deferred kernel W + A B: w [in, out] or quantised, a [in, r], b [r, out]; any scale is inside `a`."""
+
+    w: Any
+    a: jax.Array
+    b: jax.Array
+
+    def plus(self, a: jax.Array, b: jax.Array) -> "LowRank":
+        """Adds another pair by concatenation along the rank."""
+        return LowRank(self.w, jnp.concatenate([self.a, a], axis=-1), jnp.concatenate([self.b, b], axis=-2))
+
+    def dequantise(self, dtype: jnp.dtype) -> jax.Array:
+        """W + A B as one array [in, out]."""
+        return dense(self.w, dtype) + (self.a @ self.b).astype(dtype)
+
+
+def low_rank(w: Any, a: jax.Array, b: jax.Array) -> LowRank:
+    """Defers w + a b; `w` may itself be deferred."""
+    return w.plus(a, b) if isinstance(w, LowRank) else LowRank(w, a, b)
+
+
+def dot(x: jax.Array, w: Any) -> jax.Array:
+    """x [N, in] times w [in, out] (array, quantised node or LowRank) -> [N, out] in x's dtype."""
+    if isinstance(w, LowRank):
+        return _low_rank_dot(x, w.w, w.a.astype(x.dtype), w.b.astype(x.dtype))
+    return x @ dense(w, x.dtype)
+
+
+def _folds(tokens: int, w: jax.Array) -> bool:
+    """Folding W + AB costs one pass over W; it pays where many tokens share it, not in decoding."""
+    return tokens * (w.shape[0] + w.shape[1]) >= w.shape[0] * w.shape[1]
+
+
+def _forward(x: jax.Array, w: Any, a: jax.Array, b: jax.Array) -> jax.Array:
+    w = dense(w, x.dtype)
+    return x @ (w + a @ b) if _folds(x.shape[0], w) else x @ w + (x @ a) @ b
+
+
+@jax.custom_vjp
+def _low_rank_dot(x: jax.Array, w: Any, a: jax.Array, b: jax.Array) -> jax.Array:
+    return _forward(x, w, a, b)
+
+
+def _low_rank_fwd(x: Any, w: Any, a: Any, b: Any) -> tuple[jax.Array, tuple]:
+    # With symbolic zeros every leaf says whether it is differentiated: the frozen kernel is not, a trained one is.
+    perturbed = any(leaf.perturbed for leaf in jax.tree.leaves(w, is_leaf=_is_primal))
+    x, w, a, b = (jax.tree.map(lambda p: p.value, t, is_leaf=_is_primal) for t in (x, w, a, b))
+    return _forward(x, w, a, b), (x, w, a, b, () if perturbed else None)
+
+
+def _low_rank_bwd(residuals: tuple, dy: Any) -> tuple:
+    x, w, a, b, perturbed = residuals
+    if isinstance(dy, SymbolicZero):
+        dy = jnp.zeros(dy.shape, dy.dtype)
+    dy = jax.lax.optimization_barrier(dy)
+    kernel = dense(w, x.dtype)
+    dy_b = dy @ b.T
+    dx = dy @ (kernel + a @ b).T if _folds(x.shape[0], kernel) else dy @ kernel.T + dy_b @ a.T
+    dw = None if perturbed is None else (x.T @ dy).astype(w.dtype)
+    return dx, dw, x.T @ dy_b, (x @ a).T @ dy
+
+
+def _is_primal(leaf: Any) -> bool:
+    return hasattr(leaf, "perturbed")
+
+
+_low_rank_dot.defvjp(_low_rank_fwd, _low_rank_bwd, symbolic_zeros=True)

@@ -1,0 +1,172 @@
+"""The five sites: the only places where a PEFT node may sit, and the base classes of the nodes that sit there.
+
+A site is a module that does nothing by itself. Under `model.init` it records `Site(kind, shape, axes, stack)` in collection `sites`; under `model.apply` it hands its
+activations to the nodes found at its own path in collection `peft`, in the order of their keys. No node, no cost.
+
+    sites: {"layers": {"attn": {"q": {"site": Site("linear", (D, H*K), ("embed", "heads"), stack=[L])}}}}
+    peft:  {"layers": {"attn": {"q": {"lora": Lora(a[L, D, r], b[L, r, H*K], scale[L])}}}}
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from research.nn.param import training_rng
+
+
+@struct.dataclass
+class Site:
+    """Where a node may sit.
+
+    kind: "linear" (shape [in, out]), "residual" ([D]), "attention" ([kv_heads, K]), "embed" ([D]) or "output" ([layers, D]).
+    axes: one logical axis name for each dimension of `shape`.
+    stack: a scalar that `nn.scan` stacks with the layers' parameters, so its shape is the leading shape of every leaf added here: () or (L,).
+    """
+
+    kind: str = struct.field(pytree_node=False)
+    shape: tuple[int, ...] = struct.field(pytree_node=False)
+    axes: tuple[str | None, ...] = struct.field(pytree_node=False)
+    stack: Any
+
+
+class Node(struct.PyTreeNode):
+    """One method's added arrays at one site. `trained` names the fields with gradients; the others are frozen leaves."""
+
+    kind: ClassVar[str]
+    trained: ClassVar[tuple[str, ...]]
+
+
+class LinearNode(Node):
+    """May change a projection's input, kernel and, after the bias, output. x [N, in], y [N, out], w [in, out]; rng is None in evaluation."""
+
+    kind: ClassVar[str] = "linear"
+
+    def input(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
+        return x
+
+    def weight(self, w: Any, rng: jax.Array | None) -> Any:
+        return w
+
+    def output(self, x: jax.Array, y: jax.Array, rng: jax.Array | None) -> jax.Array:
+        return y
+
+    def fold_input(self, w: jax.Array) -> jax.Array:
+        """The kernel that does what `input` and then `w` do; a node whose `input` is linear overrides it, and can then be merged."""
+        return w
+
+    def fold_output(self, w: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        """The kernel and bias that do what `w`, `bias` and then `output` do; likewise."""
+        return w, bias
+
+
+class ResidualNode(Node):
+    """Changes a sublayer's output before it is added to the stream."""
+
+    kind: ClassVar[str] = "residual"
+
+    def residual(
+        self, stream: jax.Array, x: jax.Array, y: jax.Array, norm: Callable, rng: jax.Array | None
+    ) -> jax.Array:
+        """stream, x (the sublayer's input), y (its output) [B, T, D] -> new y. `norm` is the layer norm that follows the addition (post-LN) or the identity."""
+        raise TypeError(f"{type(self).__name__} has no residual hook")
+
+
+class AttentionNode(Node):
+    """Adds keys and values that every query sees."""
+
+    kind: ClassVar[str] = "attention"
+
+    def keys_values(self, x: jax.Array, project: Callable) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [B, T, D] (the layer's input), project: [.., D] -> (k, v). Returns k, v [P, kv_heads, K] and a mask [P]."""
+        raise TypeError(f"{type(self).__name__} has no attention hook")
+
+
+class EmbedNode(Node):
+    """Changes the embedded sequence: virtual tokens before it, or a shift of positions."""
+
+    kind: ClassVar[str] = "embed"
+
+    def embed(self, x: jax.Array, mask: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [B, T, D], mask and positions [B, T] -> the same with P more slots in front."""
+        raise TypeError(f"{type(self).__name__} has no embed hook")
+
+
+class OutputNode(Node):
+    """Computes the final hidden state from every layer's output."""
+
+    kind: ClassVar[str] = "output"
+
+    def outputs(self, x: jax.Array, layers: jax.Array, rng: jax.Array | None) -> jax.Array:
+        """x [B, T, D], layers [L, B, T, D] -> [B, T, D]."""
+        raise TypeError(f"{type(self).__name__} has no output hook")
+
+
+def record(module: nn.Module, kind: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> None:
+    """Makes the site known under `model.init`."""
+    if module.is_initializing():
+        module.variable("sites", "site", lambda: Site(kind, shape, axes, jnp.zeros(())))
+
+
+def nodes(module: nn.Module) -> list[Node]:
+    """The nodes that sit at this module, in order."""
+    here = module.variables.get("peft", {})
+    return [here[key] for key in sorted(here) if isinstance(here[key], Node)]
+
+
+class Residual(nn.Module):
+    """Site after (serial) or beside (parallel) a sublayer."""
+
+    @nn.compact
+    def __call__(self, stream: jax.Array, x: jax.Array, y: jax.Array, norm: Callable = lambda x: x) -> jax.Array:
+        record(self, "residual", (stream.shape[-1],), ("embed",))
+        for node in nodes(self):
+            y = node.residual(stream, x, y, norm, training_rng(self))
+        return y
+
+
+class KeysValues(nn.Module):
+    """Site inside an attention, after rotary embedding."""
+
+    @nn.compact
+    def __call__(self, k: jax.Array, v: jax.Array, mask: jax.Array, x: jax.Array, project: Callable) -> tuple:
+        """k, v [B, S, kv_heads, K], mask bool [B, T or 1, S] -> the same with P more keys in front."""
+        record(self, "attention", k.shape[-2:], ("kv_heads", None))
+        for node in nodes(self):
+            more_k, more_v, on = node.keys_values(x, project)
+            k = jnp.concatenate([jnp.broadcast_to(more_k.astype(k.dtype), (k.shape[0], *more_k.shape)), k], axis=1)
+            v = jnp.concatenate([jnp.broadcast_to(more_v.astype(v.dtype), (v.shape[0], *more_v.shape)), v], axis=1)
+            mask = jnp.concatenate([jnp.broadcast_to(on, (*mask.shape[:2], on.shape[0])), mask], axis=-1)
+        return k, v, mask
+
+
+class Prompt(nn.Module):
+    """Site before the embedded sequence."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        record(self, "embed", (x.shape[-1],), ("embed",))
+        for node in nodes(self):
+            x, mask, positions = node.embed(x, mask, positions)
+        return x, mask, positions
+
+
+class Outputs(nn.Module):
+    """Site that sees every layer's output; the model collects them only when a node sits here."""
+
+    num_layers: int
+
+    @property
+    def occupied(self) -> bool:
+        """Whether a node sits here."""
+        return bool(nodes(self))
+
+    @nn.compact
+    def __call__(self, x: jax.Array, layers: jax.Array | None) -> jax.Array:
+        record(self, "output", (self.num_layers, x.shape[-1]), (None, "embed"))
+        for node in nodes(self):
+            x = node.outputs(x, layers, training_rng(self))
+        return x

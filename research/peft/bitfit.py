@@ -1,0 +1,29 @@
+"""BitFit: only the biases train (Ben Zaken et al., arXiv 2106.10199).
+
+    before  {"params": {..., "attn": {"q": {"kernel", "bias"}}}}
+    after   {"params": {..., "attn": {"q": {"kernel", "bias" (trained)}}}}
+
+Every parameter called bias: q, k, v, the attention's output, both layer norms, both feed-forward projections, the embeddings' norm and the pooler. Layer-norm
+gains stay frozen, as in the authors' code. A model without biases (LLaMA) is refused.
+"""
+
+from research.errors import FlagError
+from research.peft import tree
+from research.peft.method import Method, PyTree, Variables, base_leaves
+
+
+def bitfit(targets: str = ".*") -> Method:
+    """targets: pattern for the path of what owns the bias; the paper's partial form is `targets=attn/q|mlp/up|pooler`."""
+
+    def trainable(variables: Variables) -> PyTree:
+        mask = base_leaves(rf"(?:{targets})/bias", variables)
+        if not any(tree.paths(mask).values()):
+            biases = [path for path in tree.paths(variables["params"]) if path.endswith("/bias")]
+            raise FlagError(
+                f"bitfit: targets={targets} matches none of the model's {len(biases)} biases."
+                if biases
+                else "bitfit: this model has no biases, so there is nothing to train. Valid: a model with biases (BERT, RoBERTa), or --peft=layernorm."
+            )
+        return mask
+
+    return Method(init=lambda rng, sites: {}, trainable=trainable)

@@ -1,0 +1,18 @@
+"""LayerNorm tuning: only the norms' gains and biases train (Zhao et al., arXiv 2312.11420; the LN rows of arXiv 1902.00751).
+
+before  {"params": {..., "attn_norm": {"scale", "bias"}}}
+after   {"params": {..., "attn_norm": {"scale" (trained), "bias" (trained)}}}
+"""
+
+from research.peft.method import Method, PyTree, Variables, base_leaves
+
+NORMS = r"\w*norm/(scale|bias)"
+
+
+def layernorm() -> Method:
+    """Trains every layer norm or RMS norm of the base; nothing is added."""
+
+    def trainable(variables: Variables) -> PyTree:
+        return base_leaves(NORMS, variables)
+
+    return Method(init=lambda rng, sites: {}, trainable=trainable)

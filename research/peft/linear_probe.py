@@ -1,0 +1,12 @@
+"""Linear probe: nothing but the task's head trains. The floor of every table.
+
+before  {"params": base, "head": ...}
+after   {"params": base, "head": ... (trained)}
+"""
+
+from research.peft.method import Method
+
+
+def linear_probe() -> Method:
+    """Adds nothing and trains nothing of the base; refused where there is no head."""
+    return Method(init=lambda rng, sites: {})

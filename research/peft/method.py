@@ -1,0 +1,215 @@
+"""What a PEFT method is: pure functions on pytrees, as an optax transform is.
+
+sites = peft.sites(model)                                   # {"layers/attn/q": Site("linear", (D, H*K), ...)}
+added = peft.init(method, rng, sites)                       # {"layers": {"attn": {"q": {"lora": Lora(...)}}}}
+variables = {"params": base, "peft": added}
+trainable, frozen = partition(variables, peft.mask(method, variables))
+"""
+
+import dataclasses
+import re
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from research.errors import FlagError, did_you_mean
+from research.nn.sites import Node, Site
+from research.peft import tree
+
+PyTree = Any
+Sites = dict[str, Site]
+Variables = dict[str, PyTree]
+
+
+class Method(NamedTuple):
+    """A transform of the parameter tree. Only `init` is required; None stands for the default that its comment names."""
+
+    init: Callable[[jax.Array, Sites], PyTree]  # (rng, sites) -> added subtree, leaves boxed with logical axes
+    trainable: Callable[[Variables], PyTree] | None = None  # -> mask; default: the nodes' trained fields
+    fit: Callable[..., Variables] | None = None  # (rng, variables, loss, batches) -> variables; default: as they are
+    realise: Callable[[Variables, Sites], Variables] | None = None  # before apply; default: as they are
+    merge: Callable[[Variables], Variables] | None = None  # default: `merge.fold` of every linear node
+    penalty: Callable[[Variables, jax.Array], jax.Array] | None = None  # -> scalar added to the loss; default: 0
+    update: Callable[[PyTree, PyTree, jax.Array], PyTree] | None = None  # (added, grads, step) -> added
+    rates: Callable[[Variables], PyTree] | None = None  # -> learning-rate factor of each leaf; default: 1
+    identity: bool = True  # whether a fresh one leaves the base's function as it is, to the bit
+
+
+def sites(model: nn.Module) -> Sites:
+    """Every place of the model where a node may sit, from shapes alone."""
+    return _abstract(model)[1]
+
+
+def base(model: nn.Module) -> tuple[PyTree, PyTree]:
+    """The base's abstract parameters and their logical axes, from shapes alone."""
+    boxed = _abstract(model)[0]
+    return nn.unbox(boxed), axes(boxed)
+
+
+def _abstract(model: nn.Module) -> tuple[PyTree, Sites]:
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    found = tree.paths(variables["sites"], is_leaf=lambda x: isinstance(x, Site))
+    return variables["params"], {path.removesuffix("/site"): site for path, site in found.items()}
+
+
+def axes(boxed: PyTree) -> PyTree:
+    """The logical axis names of each boxed leaf; an unboxed leaf has none."""
+    box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+    return jax.tree.map(lambda x: tuple(x.names) if box(x) else (), boxed, is_leaf=box)
+
+
+def init(method: Method, rng: jax.Array, sites: Sites) -> PyTree:
+    """The method's added subtree. ValueError where a node sits at no site of its kind: that is the method's bug."""
+    added = nn.unbox(method.init(rng, sites))
+    for path, node in tree.paths(added, is_leaf=is_node).items():
+        where = path.rpartition("/")[0]
+        if not is_node(node) or (node.kind != ENCODER and (where not in sites or sites[where].kind != node.kind)):
+            raise ValueError(f"{path}: {type(node).__name__} is not a node at a site of its kind")
+    return added
+
+
+def init_axes(method: Method, sites: Sites) -> PyTree:
+    """The logical axes of the added subtree."""
+    return axes(jax.eval_shape(lambda: method.init(jax.random.key(0), sites)))
+
+
+def parameters(variables: Variables, sites: Sites) -> int:
+    """How many parameters base and added subtree have. A node's settings (LoRA's scale: a scalar a layer) are none, and heads are counted apart."""
+
+    def settings(path: str, x: Any) -> bool:
+        site = sites.get(path.rsplit("/", 2)[0])
+        return site is not None and x.ndim == site.stack.ndim
+
+    added = {p: x for p, x in tree.paths(variables.get("peft", {})).items() if not settings(p, x)}
+    return tree.count(variables["params"]) + tree.count(added)
+
+
+def mask(method: Method, variables: Variables) -> PyTree:
+    """What trains: the method's choice and every task head. FlagError where that is nothing at all."""
+    chosen = (method.trainable or trained_fields)(variables)
+    if "head" in variables:
+        chosen = chosen | {"head": tree.constant(variables["head"], True)}
+    if not any(tree.trains(leaf) for leaf in jax.tree.leaves(chosen)):
+        raise FlagError(
+            "the method trains nothing on this model: it has no parameter of the kind that the method trains."
+        )
+    return chosen
+
+
+# ------------------------------------------------------------------------------------------- for the methods' own files
+
+ENCODER = "encoder"  # kind of a node that no site reads: `realise` turns it into nodes that sites do
+
+
+def is_node(x: Any) -> bool:
+    return isinstance(x, Node)
+
+
+def frozen(variables: Variables) -> PyTree:
+    """The mask in which nothing trains."""
+    return tree.constant(variables, False)
+
+
+def trained_fields(variables: Variables) -> PyTree:
+    """The default mask: the fields that each node names as trained."""
+
+    def fields(node: Any) -> Any:
+        if not is_node(node):
+            return False
+        names = [f.name for f in dataclasses.fields(node) if f.metadata.get("pytree_node", True)]
+        return node.replace(**{n: tree.constant(getattr(node, n), n in node.trained) for n in names})
+
+    return frozen(variables) | {"peft": jax.tree.map(fields, variables.get("peft", {}), is_leaf=is_node)}
+
+
+def base_leaves(pattern: str, variables: Variables) -> PyTree:
+    """The mask in which the base's leaves train whose path ends with `pattern`."""
+    matches = matcher(pattern)
+
+    def chosen(path: str, leaf: Any) -> Any:
+        if hasattr(leaf, "dequantise") and matches(path):
+            raise FlagError(
+                f"{path} is quantised and can't train: load the base unquantised, or choose a method that adds parameters."
+            )
+        return tree.constant(leaf, False) if hasattr(leaf, "dequantise") else matches(path)
+
+    quantised = lambda x: hasattr(x, "dequantise")  # noqa: E731
+    return frozen(variables) | {"params": tree.map_with_path(chosen, variables["params"], is_leaf=quantised)}
+
+
+def either(*masks: PyTree) -> PyTree:
+    """OR of masks."""
+    return jax.tree.map(lambda *ms: True if any(m is True for m in ms) else _or(ms), *masks)
+
+
+def _or(masks: tuple) -> Any:
+    arrays = [m for m in masks if m is not False]
+    return False if not arrays else np.logical_or.reduce(arrays)
+
+
+def matcher(pattern: str) -> Callable[[str], bool]:
+    """A regular expression for the end of a path, from a whole name on: "attn/(q|v)" matches "layers/attn/q", "q" does not match "eq"."""
+    try:
+        compiled = re.compile(rf"(?:.*/)?(?:{pattern})")
+    except re.error as error:
+        raise FlagError(f"{pattern!r} is not a regular expression: {error}.") from None
+    return lambda path: compiled.fullmatch(path) is not None
+
+
+def select(sites: Sites, kind: str, pattern: str, option: str = "targets") -> Sites:
+    """The sites of a kind whose path matches; "all" is every one inside the layers. FlagError where that is none."""
+    of_kind = {path: site for path, site in sites.items() if site.kind == kind}
+    matches = matcher(r"layers(_\d+)?/.*" if pattern == "all" else pattern)
+    chosen = {path: site for path, site in of_kind.items() if matches(path)}
+    if not chosen:
+        names = {re.sub(r"^layers(_\d+)?/", "", path) for path in of_kind}
+        raise FlagError(f"{option}={pattern} matches no {kind} site of this model.{did_you_mean(pattern, names)}")
+    return chosen
+
+
+def place(sites: Sites, name: str, rng: jax.Array, make: Callable[[Site, jax.Array], Node]) -> PyTree:
+    """Puts `make(site, rng)` at each site under key `name`; the rng depends on the path, not on the other sites."""
+    return tree.unflatten({f"{path}/{name}": make(site, fold(rng, path)) for path, site in sites.items()})
+
+
+def fold(rng: jax.Array, name: str) -> jax.Array:
+    """A key for a name."""
+    return jax.random.fold_in(rng, zlib.crc32(name.encode()))
+
+
+def leaf(site: Site, rng: jax.Array, draw: Callable, shape: tuple[int, ...], names: Iterable[str | None] = ()) -> Any:
+    """`draw(rng, shape)` with the site's stack in front, boxed with logical axes (default: none sharded)."""
+    stack = tuple(site.stack.shape)
+    names = tuple(names) or (None,) * len(shape)
+    return nn.LogicallyPartitioned(draw(rng, (*stack, *shape)), ("layers",) * len(stack) + names)
+
+
+def constant(value: float) -> Callable[[jax.Array, tuple[int, ...]], jax.Array]:
+    """Draws `value` everywhere."""
+    return lambda rng, shape: jnp.full(shape, value, jnp.float32)
+
+
+def zeros(rng: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Draws zeros."""
+    return jnp.zeros(shape, jnp.float32)
+
+
+def normal(std: float) -> Callable[[jax.Array, tuple[int, ...]], jax.Array]:
+    """Draws N(0, std^2)."""
+    return lambda rng, shape: std * jax.random.normal(rng, shape, jnp.float32)
+
+
+def uniform(limit: float) -> Callable[[jax.Array, tuple[int, ...]], jax.Array]:
+    """Draws U(-limit, limit)."""
+    return lambda rng, shape: jax.random.uniform(rng, shape, jnp.float32, -limit, limit)
+
+
+def at_least(name: str, value: float, least: float) -> None:
+    """FlagError where an option is below its least value."""
+    if not value >= least:
+        raise FlagError(f"{name}={value} is out of range: the least value is {least}.")

@@ -1,0 +1,102 @@
+"""Methods by name: `lora:rank=8,targets=attn/(q|v)+prefix:length=10`.
+
+A method is a function of the same name as its file in this folder, returning `Method`; a dotted path finds a user's own (`my_package.my_method`). Its keyword
+arguments are its options: the names, types and defaults of the specification string are read from the signature. A new file needs no other edit.
+"""
+
+import importlib
+import inspect
+import pkgutil
+import re
+from collections.abc import Callable
+
+from research.errors import FlagError, did_you_mean
+from research.peft.compose import chain
+from research.peft.method import Method
+
+
+def names() -> list[str]:
+    """The methods of this folder."""
+    package = importlib.import_module("research.peft")
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if _function(f"{package.__name__}.{m.name}"))
+
+
+def parse(spec: str) -> Method:
+    """The method of a specification; FlagError names the nearest method, option or value."""
+    parts = [_parse_one(part) for part in split(spec)]
+    return parts[0] if len(parts) == 1 else chain(*parts)
+
+
+def split(spec: str) -> list[str]:
+    """Splits a chain at each `+` that a method's name follows, outside brackets."""
+    parts = _split(spec, r"\+(?=[A-Za-z_][\w.]*(?::|\+|$))")
+    if not all(part.strip() for part in parts):
+        raise FlagError(f"--peft={spec!r} names no method.{did_you_mean('', names())}")
+    return parts
+
+
+def find(name: str) -> Callable[..., Method]:
+    """The method function of a name or dotted path."""
+    path = name if "." in name else f"research.peft.{name}"
+    try:
+        function = _function(path)
+    except ImportError as error:
+        if error.name is None or not path.startswith(error.name):
+            raise
+        function = None
+    if function is None:
+        raise FlagError(f"unknown PEFT method {name!r}.{did_you_mean(name, names())}")
+    return function
+
+
+def _function(path: str) -> Callable[..., Method] | None:
+    """The function `a.b.name` in module `a.b.name` or `a.b`, where it is declared to return a Method."""
+    parent, _, name = path.rpartition(".")
+    try:
+        module = importlib.import_module(path)
+    except ImportError as error:
+        if error.name != path or not parent:
+            raise
+        module = importlib.import_module(parent)
+    function = getattr(module, name, None)
+    declared = inspect.signature(function).return_annotation if inspect.isfunction(function) else None
+    return function if declared in (Method, "Method") and function.__module__ == module.__name__ else None
+
+
+def _parse_one(part: str) -> Method:
+    name, _, options = part.strip().partition(":")
+    function = find(name)
+    parameters = inspect.signature(function).parameters
+    arguments = {}
+    for option in _split(options, r",(?=\s*\w+\s*=)") if options else []:
+        key, equals, text = (s.strip() for s in option.partition("="))
+        if not equals:
+            raise FlagError(f"{name}: {option!r} is not of the form option=value.")
+        if key not in parameters:
+            raise FlagError(f"{name} has no option {key!r}.{did_you_mean(key, parameters)}")
+        arguments[key] = _value(name, key, text, parameters[key].annotation)
+    return function(**arguments)
+
+
+def _value(name: str, key: str, text: str, kind: type) -> int | float | bool | str | None:
+    """Converts an option by its annotation: int, float, bool or str, each also `| None`."""
+    kinds = [k for k in getattr(kind, "__args__", (kind,)) if k is not type(None)]
+    if text.lower() == "none" and len(kinds) < len(getattr(kind, "__args__", ())):
+        return None
+    try:
+        if kinds[0] is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        return kinds[0](text)
+    except (ValueError, KeyError):
+        raise FlagError(f"{name}: {key}={text} is not a {kinds[0].__name__}.") from None
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Splits at a regular expression, but never inside brackets: targets are regular expressions themselves."""
+    depth, inside = 0, set()
+    for i, c in enumerate(text):
+        depth += (c in "([{") - (c in ")]}")
+        if depth:
+            inside.add(i)
+    cuts = [m.start() for m in re.finditer(separator, text) if m.start() not in inside]
+    return [text[a:b] for a, b in zip([0, *(c + 1 for c in cuts)], [*cuts, len(text)], strict=True)]

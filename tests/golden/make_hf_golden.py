@@ -1,0 +1,142 @@
+"""Writes the tiny Hugging Face models and the outputs that tests/convert compares with.
+
+Run with an environment that has torch and transformers (made with torch 2.13, transformers 5.24):
+
+    python tests/golden/make_hf_golden.py                                  # the tiny models
+    python tests/golden/make_hf_golden.py --minilm DIR --smollm FILE.gguf   # also the outputs of the packaged weights
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers as hf
+
+HERE = Path(__file__).parent
+VOCAB = 120
+SHARED = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "initializer_range": 0.2,
+}
+GQA = SHARED | {"num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-5}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+THETA = {"rope_type": "default", "rope_theta": 1000.0}
+ROBERTA = SHARED | {"max_position_embeddings": 42, "pad_token_id": 1, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+MODELS = {
+    "bert": (hf.BertModel, hf.BertConfig(**SHARED, max_position_embeddings=40), {}),
+    "roberta": (hf.RobertaModel, hf.RobertaConfig(**ROBERTA), {"add_pooling_layer": False}),
+    "llama": (hf.LlamaForCausalLM, hf.LlamaConfig(**GQA, rope_parameters=LLAMA3), {}),
+    "mistral": (hf.MistralForCausalLM, hf.MistralConfig(**GQA, sliding_window=8, rope_parameters=THETA), {}),
+    "qwen2": (hf.Qwen2ForCausalLM, hf.Qwen2Config(**GQA, rope_parameters=THETA, tie_word_embeddings=True), {}),
+    "qwen3": (hf.Qwen3ForCausalLM, hf.Qwen3Config(**GQA, head_dim=16, rope_parameters=THETA), {}),
+}
+LENGTHS = (20, 13, 1)
+
+SENTENCES = (
+    "The film is a small, quiet triumph of acting and patience.",
+    "Two hours of noise.",
+    "Nothing in the second half repays the care with which the first one, full of odd and funny people, was written.",
+)
+PROMPTS = ("The capital of France is", "In 1813, a novel was published: it sold 1,500 copies.\nIts author's name")
+# The start of Pride and Prejudice (Jane Austen, 1813; public domain).
+AUSTEN = (
+    "It is a truth universally acknowledged, that a single man in possession of a good fortune, must be in want of a "
+    "wife.\n\nHowever little known the feelings or views of such a man may be on his first entering a neighbourhood, "
+    "this truth is so well fixed in the minds of the surrounding families, that he is considered as the rightful "
+    "property of some one or other of their daughters."
+)
+
+
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    """Biases and norms start at 0 and 1, where a swap of two of them would not show."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
+
+
+@torch.no_grad()
+def tiny(name: str) -> None:
+    build, config, options = MODELS[name]
+    torch.manual_seed(0)
+    model = build(config, **options).eval().float()
+    randomise(model, 1)
+    tokens = np.random.default_rng(2).integers(3, VOCAB, (len(LENGTHS), max(LENGTHS)))
+    mask = (np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None]).astype(np.int32)
+    tokens = np.where(mask == 1, tokens, config.pad_token_id or 0).astype(np.int32)
+    out = model(
+        input_ids=torch.tensor(tokens, dtype=torch.long), attention_mask=torch.tensor(mask), output_hidden_states=True
+    )
+    arrays = {"tokens": tokens, "mask": mask, "hidden": out.hidden_states[-1].numpy()}
+    if "logits" in out:
+        arrays["logits"] = out.logits.numpy()
+    if out.get("pooler_output") is not None:
+        arrays["pooled"] = out.pooler_output.numpy()
+    folder = HERE / name
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    np.savez_compressed(folder / "outputs.npz", **arrays)
+
+
+@torch.no_grad()
+def minilm(folder: Path) -> None:
+    model = hf.BertModel.from_pretrained(folder).eval().float()
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer(list(SENTENCES), padding=True, return_tensors="pt")
+    out = model(**batch)
+    np.savez_compressed(
+        HERE / "minilm.npz",
+        tokens=batch["input_ids"].numpy().astype(np.int32),
+        mask=batch["attention_mask"].numpy().astype(np.int32),
+        hidden=out.last_hidden_state.numpy(),
+        pooled=out.pooler_output.numpy(),
+    )
+    (HERE / "minilm.json").write_text(json.dumps({"sentences": SENTENCES}, indent=1) + "\n")
+
+
+@torch.no_grad()
+def smollm(file: Path) -> None:
+    """transformers' own GGUF loader and tokenizer conversion are the reference: no code is shared with the project."""
+    model = hf.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    tokenizer = hf.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    columns = np.linspace(0, model.config.vocab_size - 1, 512).astype(np.int32)
+    arrays: dict[str, np.ndarray] = {"columns": columns}
+    for i, prompt in enumerate(PROMPTS):
+        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+        logits = model(input_ids=ids).logits[0].numpy()
+        arrays |= {f"tokens{i}": ids[0].numpy().astype(np.int32), f"logits{i}": logits[:, columns]}
+        arrays[f"argmax{i}"] = logits.argmax(-1).astype(np.int32)
+    ids = tokenizer(AUSTEN, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    loss = model(input_ids=ids, labels=ids).loss
+    arrays["austen_tokens"] = ids[0].numpy().astype(np.int32)
+    np.savez_compressed(HERE / "smollm2.npz", **arrays)
+    figures = {"prompts": PROMPTS, "austen": AUSTEN, "austen_perplexity": round(float(loss.exp()), 4)}
+    (HERE / "smollm2.json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minilm", type=Path, help="directory of the MiniLM files")
+    parser.add_argument("--smollm", type=Path, help="the SmolLM2 GGUF file")
+    flags = parser.parse_args()
+    for each in MODELS:
+        tiny(each)
+    if flags.minilm:
+        minilm(flags.minilm)
+    if flags.smollm:
+        smollm(flags.smollm)

@@ -1,0 +1,179 @@
+"""Models, batches and compiled functions that are small enough for every method on every model to share.
+
+Base weights are drawn large (and biases and norms away from 0 and 1), so that an error anywhere shows in the output.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from research.models import stack
+from research.models.bert import BertConfig
+from research.models.llama import LlamaConfig
+from research.models.registry import build
+from research.peft import adapter, registry, tree
+from research.peft import method as peft
+from research.tasks import classify, lm
+from research.train import state
+from research.train.step import make_step
+
+# B * T = 48 differs from every width, so that a product over tokens can be told from any other.
+ROWS, LENGTH, SHORT, VOCAB, CLASSES = 4, 12, 8, 64, 3
+ENCODER = BertConfig(VOCAB, 32, 2, 4, 56, max_positions=96, dropout=0.0, attention_dropout=0.0)
+DECODER = LlamaConfig(VOCAB, 32, 2, 4, 2, 8, 56, max_positions=96)
+CONFIGS = {"encoder": ENCODER, "decoder": DECODER}
+
+
+def fill(shapes: Any, seed: int = 0) -> Any:
+    """Random parameters of the given shapes: kernels keep the variance of their input."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: str, leaf: Any) -> jax.Array:
+        x = rng.normal(size=leaf.shape)
+        name = path.rpartition("/")[2]
+        x = {"kernel": x / np.sqrt(leaf.shape[-2] if leaf.ndim > 1 else 1), "scale": 1 + 0.2 * x, "bias": 0.2 * x}.get(
+            name, 0.7 * x
+        )
+        return jnp.asarray(x, leaf.dtype)
+
+    return tree.map_with_path(draw, shapes)
+
+
+@functools.cache
+def params(config: Any) -> Any:
+    """One base per configuration, the same numbers scanned and unrolled."""
+    base = fill(peft.base(build(dataclasses.replace(config, scan=True, remat="none")))[0])
+    return base if config.scan else stack.unstack(base)
+
+
+@functools.cache
+def batch(rows: int = ROWS, length: int = LENGTH, seed: int = 0) -> dict[str, jax.Array]:
+    """Padded on the right by different amounts; unequal weights, so that a mean of means would show."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(length // 2, length + 1, rows)
+    mask = (np.arange(length) < lengths[:, None]).astype(np.int32)
+    tokens = rng.integers(1, VOCAB, (rows, length)).astype(np.int32) * mask
+    labels, weight = rng.integers(0, CLASSES, rows), rng.integers(1, 4, rows)
+    return {"tokens": tokens, "mask": mask, "labels": labels.astype(np.int32), "weight": weight.astype(np.float32)}
+
+
+def micro(data: dict, count: int) -> dict:
+    """[B, ...] -> [M, B / M, ...]."""
+    return {k: v.reshape(count, -1, *v.shape[1:]) for k, v in data.items()}
+
+
+def noise(values: Any, std: float = 0.1, seed: int = 1) -> Any:
+    """Moves every float leaf; integers (a position shift) stay."""
+    rng = np.random.default_rng(seed)
+    moved = lambda x: x + jnp.asarray(std * rng.normal(size=x.shape), x.dtype)  # noqa: E731
+    return jax.tree.map(lambda x: moved(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, values)
+
+
+def tap() -> optax.GradientTransformation:
+    """Keeps the gradients of the last step in the optimiser's state, where a test can read them."""
+    return optax.GradientTransformation(lambda p: jax.tree.map(jnp.zeros_like, p), lambda g, s, p=None: (g, g))
+
+
+def optimizer() -> optax.GradientTransformation:
+    """AdamW with a large weight decay, which moves whatever is not truly frozen."""
+    return optax.chain(tap(), optax.adamw(1e-2, weight_decay=0.5))
+
+
+class Case:
+    """A method on a model. Everything compiled is built once, when first asked for."""
+
+    def __init__(self, spec: str, family: str, **changes: Any):
+        self.spec, self.family = spec, family
+        self.config = dataclasses.replace(CONFIGS[family], **changes)
+        self.model, self.method = build(self.config), registry.parse(spec)
+        self.sites = peft.sites(self.model)
+        # The decoder learns to predict tokens, unless the method needs a head to have anything to train.
+        self.has_head = family == "encoder" or "linear_probe" in spec
+        self.loss = (classify if self.has_head else lm).loss(self.model)
+        self.step = jax.jit(self.stepper())
+
+    def stepper(self, tx: optax.GradientTransformation | None = None) -> Any:
+        m = self.method
+        realise = lambda v: adapter.realised(m, v, self.sites)  # noqa: E731
+        return make_step(
+            self.loss,
+            tx or optimizer(),
+            realise=realise,
+            penalty=m.penalty,
+            update=m.update,
+            rates=m.rates,
+        )
+
+    @functools.cached_property
+    def variables(self) -> dict:
+        """A fresh one."""
+        added = peft.init(self.method, jax.random.key(1), self.sites)
+        variables = {"params": params(self.config), "peft": added}
+        if self.has_head:
+            head = classify.init_head(jax.random.key(2), self.config.hidden_size, CLASSES)
+            variables["head"] = jax.tree.map(lambda x: 20 * x + 0.1, head)
+        if self.method.fit:
+            variables = self.method.fit(jax.random.key(3), variables, self.loss, [batch()])
+        return variables
+
+    @functools.cached_property
+    def mask(self) -> Any:
+        return peft.mask(self.method, self.variables)
+
+    @functools.cached_property
+    def point(self) -> dict:
+        """A random point: zeros of the initialisation no longer hide anything."""
+        return self.variables | {"peft": noise(self.variables["peft"])}
+
+    @functools.cached_property
+    def _forward(self) -> Any:
+        method = "__call__" if self.family == "encoder" else "logits"
+
+        def forward(variables: dict, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+            v = adapter.realised(self.method, variables, self.sites)
+            return self.model.apply({k: v[k] for k in ("params", "peft") if k in v}, tokens, mask, method=method)
+
+        return jax.jit(forward)
+
+    def forward(self, variables: dict, data: dict | None = None) -> np.ndarray:
+        """The encoder's hidden states or the decoder's logits, [B, T, D or V]."""
+        data = data or batch()
+        return np.asarray(
+            self._forward({k: v for k, v in variables.items() if k != "head"}, data["tokens"], data["mask"])
+        )
+
+    def start(self, variables: dict | None = None, tx: optax.GradientTransformation | None = None) -> tuple:
+        """(state, frozen) at step 0."""
+        trainable, extra, frozen = state.split(variables or self.variables, self.mask)
+        return state.create(trainable, tx or optimizer(), jax.random.key(4), extra, self.mask), frozen
+
+    def gradients(self, variables: dict, count: int = 1) -> tuple[Any, dict]:
+        """The gradients of one step over `count` micro-batches, and its metrics."""
+        start, frozen = self.start(variables)
+        after, metrics = self.step(start, frozen, micro(batch(), count))
+        return after.opt_state[0], metrics
+
+
+@functools.cache
+def case(spec: str, family: str, **changes: Any) -> Case:
+    return Case(spec, family, **changes)
+
+
+def close(a: Any, b: Any, atol: float = 1e-5) -> None:
+    """Trees of the same structure, equal to `atol` (absolute, and relative above 1)."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, atol=atol, rtol=atol)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Equal bit for bit, structure included."""
+    if jax.tree.structure(a) != jax.tree.structure(b):
+        return False
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() and x.dtype == y.dtype for x, y in pairs)
