@@ -28,6 +28,7 @@ setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.12,<0.13",
         "safetensors>=0.6",
+        "tabulate>=0.9",
         "tokenizers>=0.22",
         "tqdm>=4.66",
         "transformers>=5.0,<6",

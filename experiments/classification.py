@@ -39,9 +39,8 @@ class Recipe:
 
     def tx(self) -> optax.GradientTransformation:
         """The optimiser."""
-        return optimizer.make(
-            self.optimizer, self.learning_rate, schedule=self.schedule, steps=self.steps, warmup=self.warmup, weight_decay=self.weight_decay
-        )  # fmt: skip
+        shape = {"schedule": self.schedule, "steps": self.steps, "warmup": self.warmup}
+        return optimizer.make(self.optimizer, self.learning_rate, weight_decay=self.weight_decay, **shape)
 
 
 class Data(NamedTuple):
@@ -77,17 +76,24 @@ class Run(NamedTuple):
     frozen: Variables
     step: step.Step
     evaluate: Callable[..., dict[str, Any] | None]
+    predict: Callable[..., jax.Array]
 
 
 def start(base: Pretrained, spec: str, classes: int, recipe: Recipe, seeds: int | Sequence[int]) -> Run:
-    """Attaches the method and a head. A sequence of seeds makes one program of as many runs: own adapters, heads, optimiser states and data order, one base."""
+    """Attaches the method and a head.
+
+    A sequence of seeds makes one program of as many runs: own adapters, heads, optimiser states and data order, one
+    base.
+    """
     method, sites = registry.parse(spec), peft.sites(base.model)
     several, tx = not isinstance(seeds, int), recipe.tx()
     rngs = [jax.random.key(seed) for seed in (seeds if several else [seeds])]
 
     @jax.jit
     def new(rng: jax.Array) -> Variables:
-        head = classify.init_head(fold(rng, "head"), base.config.hidden_size, classes, bias=isinstance(base.config, BertConfig))
+        head = classify.init_head(
+            fold(rng, "head"), base.config.hidden_size, classes, bias=isinstance(base.config, BertConfig)
+        )
         return {"peft": peft.init(method, fold(rng, "peft"), sites), "head": head}
 
     runs = [{"params": base.params} | new(rng) for rng in rngs]
@@ -110,9 +116,13 @@ def start(base: Pretrained, spec: str, classes: int, recipe: Recipe, seeds: int 
     frozen = states.split(runs[0], mask)[2]
     loss = classify.loss(base.model)
     realise = None if method.realise is None else lambda v: method.realise(v, sites)
-    one = step.make_step(
-        loss, tx, realise=realise, penalty=method.penalty, update=method.update, rates=method.rates, clip_norm=recipe.clip_norm
-    )  # fmt: skip
+    hooks = {"realise": realise, "penalty": method.penalty, "update": method.update, "rates": method.rates}
+    one = step.make_step(loss, tx, clip_norm=recipe.clip_norm, **hooks)
+
+    def predict(state: states.TrainState, frozen: Variables, batch: dict) -> jax.Array:
+        variables = adapter.realised(method, state.variables(frozen), sites)
+        return jnp.argmax(classify.logits(base.model, variables, batch), axis=-1)
+
     return Run(
         method,
         sites,
@@ -121,6 +131,7 @@ def start(base: Pretrained, spec: str, classes: int, recipe: Recipe, seeds: int 
         frozen,
         step.over_seeds(one) if several else one,
         step.make_eval(loss, realise=realise, seeds=several),
+        jax.jit(step.over_seeds(predict, shared_batch=True) if several else predict),
     )
 
 
@@ -131,7 +142,9 @@ def check_length(base: Pretrained, variables: Variables, max_length: int) -> Non
     virtual = sum(x.shape[0] if x.ndim else int(x) for x in here.values())
     if max_length + virtual > limit:
         most = limit - virtual
-        raise FlagError(f"max_length={max_length} and {virtual} virtual tokens exceed {limit} positions: at most {most}.")
+        raise FlagError(
+            f"max_length={max_length} and {virtual} virtual tokens exceed {limit} positions: at most {most}."
+        )
 
 
 def batches(
@@ -144,6 +157,12 @@ def batches(
 def evaluator(run: Run, data: dict[str, np.ndarray], batch_size: int = 64) -> Callable[..., dict[str, Any] | None]:
     """(state, stop) -> means over all rows of a part."""
     return lambda state, stop=None: run.evaluate(state, run.frozen, eval_batches(data, batch_size), stop)
+
+
+def predictions(run: Run, state: states.TrainState, data: dict[str, np.ndarray], batch_size: int = 64) -> np.ndarray:
+    """The class numbers of a part's N rows: [N], or [S, N] with seeds."""
+    found = [run.predict(state, run.frozen, batch) for batch in eval_batches(data, batch_size)]
+    return np.concatenate(jax.device_get(found), axis=-1)[..., : len(data["labels"])]
 
 
 def counts(run: Run) -> tuple[int, int]:

@@ -1,11 +1,13 @@
-"""Fine-tunes one PEFT method on labelled sentences, evaluates it and saves its adapter; or evaluates and uses an adapter.
+"""Fine-tunes one PEFT method on labelled sentences, evaluates it and saves its adapter; or evaluates and uses an
+adapter.
 
-    python -m experiments.classify --peft=lora:rank=8 --learning_rate=2e-3                      # trains, saves WORKDIR/adapter
-    python -m experiments.classify --adapter=runs/classify/adapter                              # evaluates it on the test part
+    python -m experiments.classify --peft=lora:rank=8 --learning_rate=2e-3       # trains, saves WORKDIR/adapter
+    python -m experiments.classify --adapter=runs/classify/adapter               # evaluates it on the test part
     echo "A quiet triumph." | python -m experiments.classify --adapter=runs/classify/adapter --mode=predict
 
-Differs from `peft_table`, which compares many methods over several seeds in one program: here is one run, evaluated while it trains, whose adapter is for use. The
-same command goes on where an interrupted run was. Writes config.json, metrics.jsonl, curve.png, checkpoints, adapter and result.json under --workdir.
+Differs from `peft_table`, which compares many methods over several seeds in one program: here is one run, evaluated
+while it trains, whose adapter is for use. The same command goes on where an interrupted run was. Writes config.json,
+metrics.jsonl, curve.png, checkpoints, adapter and result.json under --workdir.
 """
 
 import json
@@ -75,7 +77,8 @@ def train(values: Any) -> None:
         run = start(base, values.peft, len(data.class_names), recipe, values.seed)
         trainable, total = counts(run)
         print(
-            f"{base.name}, {values.peft}: {trainable:,} of {total:,} parameters train ({100 * trainable / total:.3f} %), and a head"
+            f"{base.name}, {values.peft}: {trainable:,} of {total:,} parameters train "
+            f"({100 * trainable / total:.3f} %), and a head"
         )
         validate, batch = evaluator(run, data.validation), batches(data.train, recipe, values.seed)
         print("compiling ...", flush=True)
@@ -125,7 +128,8 @@ def evaluate(base: Pretrained, variables: dict, loaded: adapters.Adapter, source
     data = load_data(source, base.tokenizer, loaded.meta["max_length"])
     if list(data.class_names) != loaded.meta["classes"]:
         raise DataError(
-            f"{source} has classes {', '.join(data.class_names)}; the adapter knows {', '.join(loaded.meta['classes'])}."
+            f"{source} has classes {', '.join(data.class_names)}; "
+            f"the adapter knows {', '.join(loaded.meta['classes'])}."
         )
     whole, holes = SimpleNamespace(trainable=variables, extra=None), jax.tree.map(lambda _: None, variables)
     scores = step.make_eval(classify.loss(base.model))(whole, holes, eval_batches(data.test, 64))

@@ -14,13 +14,15 @@ from typing import Any
 from absl import app, flags
 
 from research.errors import UserError
+from research.files import write_text
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would announce that torch is missing: torch is not wanted
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 
 
 def run(main: Callable[[], Any]) -> None:
-    """Parses the flags and runs `main`. A user's error is one line on stderr and an exit status: 2 flags, 3 data, 4 models, adapters, checkpoints.
+    """Parses the flags and runs `main`. A user's error is one line on stderr and an exit status: 2 flags, 3 data, 4
+    models, adapters, checkpoints.
 
     Anything else is our bug and keeps its traceback. Ctrl-C exits with 130.
     """
@@ -32,6 +34,8 @@ def run(main: Callable[[], Any]) -> None:
             _fail(str(error), 2)
         if len(rest) > 1:
             _fail(f"unexpected argument {rest[1]!r}: values are given as --flag=value.", 2)
+        if flags.FLAGS.only_check_args:  # absl would look at it in a process's first script only
+            sys.exit(0)
         return rest
 
     def guarded(_: list[str]) -> None:
@@ -84,9 +88,7 @@ def flag_values(*names: str) -> dict[str, Any]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file atomically."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
-    os.replace(partial, path)
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
 
 
 def environment() -> dict[str, Any]:

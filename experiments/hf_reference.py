@@ -16,22 +16,23 @@ written after each run; a second call goes on with the runs that are missing.
 
 import csv
 import importlib.metadata
+import io
 import json
 import math
-import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from experiments import common
 from research.data import assets, text, tokenize
 from research.data.batches import Batches, eval_batches
-from research.errors import DataError, FlagError, UserError, did_you_mean
+from research.errors import DataError, FlagError, did_you_mean
+from research.files import write_text
 
 MODEL, DATA = "minilm-l6", "vader/movie"
 INSTALL = next(line.strip() for line in __doc__.splitlines() if "pip install" in line)
@@ -279,15 +280,13 @@ def summary(
 
 
 def save(workdir: Path, settings: Mapping, runs: Sequence[Mapping], rows: Sequence[Mapping]) -> None:
-    """Writes results.json and results.csv, each in one rename."""
-    new_json, new_csv = workdir / "results.json.new", workdir / "results.csv.new"
-    new_json.write_text(json.dumps({"settings": settings, "summary": rows, "runs": runs}, indent=1) + "\n")
-    with new_csv.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows({**settings, **settings["versions"], **row} for row in rows)
-    for new in (new_json, new_csv):
-        os.replace(new, new.with_suffix(""))
+    """Writes results.json and results.csv, each atomically."""
+    common.write_json(workdir / "results.json", {"settings": settings, "summary": rows, "runs": runs})
+    table = io.StringIO()
+    writer = csv.DictWriter(table, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**settings, **settings["versions"], **row} for row in rows)
+    write_text(workdir / "results.csv", table.getvalue())
 
 
 def resume(workdir: Path, settings: Mapping) -> list[dict]:
@@ -401,20 +400,6 @@ def execute(args) -> None:
         print(f"{row['method']}: test {accuracy} at rate {row['learning_rate']:g}")
 
 
-def main(_: list[str]) -> None:
-    try:
-        execute(flags.FLAGS)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_status)
-    except OSError as error:  # a full disk or a folder one may not write: the message names it
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(DataError.exit_status)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on with the runs that are missing", file=sys.stderr)
-        sys.exit(130)
-
-
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    common.run(lambda: execute(flags.FLAGS))

@@ -2,8 +2,9 @@
 
     python -m experiments.merge --adapter=runs/classify/adapter --output=runs/merged
 
-The merged model is compared with base and adapter on a fixed input before anything is written. A method that is no change of weights (prefix, prompt, bottleneck
-adapters) can't be merged and is refused. A classification head is written as the family's own (`BertForSequenceClassification`).
+The merged model is compared with base and adapter on a fixed input before anything is written. A method that is no
+change of weights (prefix, prompt, bottleneck adapters) can't be merged and is refused. A classification head is written
+as the family's own (`BertForSequenceClassification`).
 """
 
 import jax
@@ -49,7 +50,9 @@ def main() -> None:
 
 
 def compare(model, variables: dict, merged: dict, params: dict) -> tuple[float, float]:
-    """(largest difference of merged and unmerged, largest effect of the adapter) of the hidden states on 2 x 16 fixed tokens."""
+    """(largest difference of merged and unmerged, largest effect of the adapter) of the hidden states on 2 x 16 fixed
+    tokens.
+    """
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 16)), jnp.int32)
     apply = jax.jit(lambda v: model.apply({k: v[k] for k in ("params", "peft") if k in v}, tokens))
     with jax.default_matmul_precision("highest"):

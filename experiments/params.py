@@ -3,7 +3,8 @@
     python -m experiments.params --model=llama3-70b --peft=lora:rank=16,targets=all
     python -m experiments.params --model=bert-base --peft=bitfit --tree
 
-The last line is `trainable=<int> total=<int> percent=<float>`; total includes what the method added, task heads are apart. `--peft=full` counts the model itself.
+The last line is `trainable=<int> total=<int> percent=<float>`; total includes what the method added, task heads are
+apart. `--peft=full` counts the model itself.
 """
 
 import re
@@ -54,7 +55,8 @@ def shapes(model: str, spec: str) -> tuple[dict, dict, dict]:
     variables = {"params": params, "peft": jax.eval_shape(lambda: peft.init(method, jax.random.key(0), sites))}
     if spec.strip() == "linear_probe":
         raise FlagError(
-            "linear_probe trains only a task's head, and heads are counted apart: there is nothing to count. Valid: --peft=full for the model itself."
+            "linear_probe trains only a task's head, and heads are counted apart: there is nothing to count. "
+            "Valid: --peft=full for the model itself."
         )
     return variables, peft.mask(method, variables), sites
 

@@ -1,30 +1,41 @@
 """The main job: a table of PEFT methods on one base and one set of sentences, several seeds each.
 
-    python -m experiments.peft_table                       # quick: 60 steps of 16 short rows, minutes on two cores; says so
+    python -m experiments.peft_table                       # quick: 60 steps of 16 short rows, and says so
     python -m experiments.peft_table --preset=published    # 300 steps of 32 rows of 48 tokens: the README's table
-    python -m experiments.peft_table --smoke               # tiny random model, bundled sentences, no network, under a minute
+    python -m experiments.peft_table --smoke               # tiny model, bundled sentences, no network, under a minute
     python -m experiments.peft_table --methods='lora:rank=4@2e-3;bitfit;my_package.my_method'
 
-Differs from `classify`, which trains one method once and keeps its adapter for use. All seeds of a method are one compiled program: adapters, heads and optimiser
-states have a leading axis and the base is shared. An interrupted table goes on where it was: finished methods are read from `methods/NAME/result.json`, a begun
-one resumes from its checkpoint. Writes config.json, table.md, table.csv, table.png, and for each method result.json, metrics.jsonl, curve.png and adapters.
+Differs from `classify`, which trains one method once and keeps its adapter for use. All seeds of a method are one
+compiled program: adapters, heads and optimiser states have a leading axis and the base is shared. An interrupted table
+goes on where it was: finished methods are read from `methods/NAME/result.json`, a begun one resumes from its
+checkpoint. Writes config.json, table.md, table.csv, table.png, and for each method result.json, metrics.jsonl,
+curve.png and adapters.
 """
 
-import csv
-import io
+import json
 import os
 import re
 import shutil
 import statistics
-import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import flags
 
-from experiments import common
-from experiments.classification import Data, Recipe, batches, counts, evaluator, load_data, save_adapter, start
+from experiments import common, table
+from experiments.classification import (
+    Data,
+    Recipe,
+    batches,
+    counts,
+    evaluator,
+    load_data,
+    predictions,
+    save_adapter,
+    start,
+)
 from research.convert.load import Pretrained, load
 from research.errors import DataError, FlagError
 from research.peft import registry
@@ -49,23 +60,17 @@ PRESETS = {
     "quick": {"steps": 60, "batch_size": 16, "max_length": 32},
     "published": {"steps": 300, "batch_size": 32, "max_length": 48},
 }
-COLUMNS = ("method", "trainable", "percent", "accuracy", "std", "rate", "train_s", "step_ms", "step_mb", "adapter_kb")
-
 if __name__ == "__main__":
     common.model_flags("minilm-l6")
     flags.DEFINE_string("data", "vader/movie", "Packaged set, file with text and label columns, or hub id.")
-    flags.DEFINE_string(
-        "methods",
-        "all",
-        "Names or specifications, each with an optional @learning_rate; comma between names, semicolon between specifications.",
-    )
+    flags.DEFINE_string("methods", "all", "Names, or specifications apart by semicolons, each with an optional @rate.")
     flags.DEFINE_integer("seeds", 3, "Runs of each method.", lower_bound=1)
     flags.DEFINE_enum("preset", "quick", list(PRESETS), "Defaults of --steps, --batch_size and --max_length.")
     common.recipe_flags(steps=None, batch_size=None, max_length=None)
     flags.DEFINE_integer(
         "tune",
         0,
-        "Learning rates to try for each method around its own, a factor of 3 apart, by validation accuracy of seed 0; 0 for none.",
+        "Learning rates a factor of 3 apart to try by validation accuracy of seed 0; 0 for none.",
         lower_bound=0,
     )
     flags.DEFINE_bool(
@@ -119,33 +124,30 @@ def main() -> None:
     with lock(workdir):
         base = load(model, dtype=values.dtype, remat=values.remat)
         data = load_data(source, base.tokenizer, recipe.max_length)
-        sizes = [len(part["labels"]) for part in data[:3]]
-        print(
-            f"{model} on {source}: {sizes[0]} train, {sizes[1]} validation, {sizes[2]} test sentences, {len(data.class_names)} classes"
-        )
+        sizes = ", ".join(f"{len(getattr(data, part)['labels'])} {part}" for part in ("train", "validation", "test"))
+        print(f"{model} on {source}: {sizes} sentences, {len(data.class_names)} classes")
+        heading = title(model, source, recipe, values.seeds, values.smoke, len(data.test["labels"]))
         rows = []
         for place, entry in enumerate(todo, 1):
             print(f"[{place}/{len(todo)}] {entry.name}", flush=True)
             rows.append(
                 row(entry, base, data, recipe, values.seeds, values.tune, workdir / "methods" / folder(entry.name))
             )
-            write(rows, workdir, title(model, source, recipe, values, sizes))
+            table.write(rows, workdir, heading)
     print((workdir / "table.md").read_text())
     print(f"table.md, table.csv and table.png are in {workdir}")
 
 
-def title(model: str, source: str, recipe: Recipe, values: Any, sizes: list[int]) -> str:
-    """What the table was measured on."""
-    kind = (
-        "Smoke test: the numbers mean nothing."
-        if values.smoke
-        else "Quick table: short training on short rows; see --preset=published for one to quote."
+def title(model: str, source: str, recipe: Recipe, seeds: int, smoke: bool, sentences: int) -> str:
+    """What the table was measured on, and what it is good for."""
+    text = (
+        f"{model} on {source}: accuracy on {sentences} test sentences, {seeds} seed(s), {recipe.steps} steps of "
+        f"{recipe.batch_size} rows of at most {recipe.max_length} tokens, {os.cpu_count()} cores."
     )
-    note = "" if not values.smoke and (recipe.steps >= 300) else f" {kind}"
-    return (
-        f"{model} on {source}, test accuracy over {sizes[2]} sentences, {values.seeds} seed(s), {recipe.steps} steps of "
-        f"{recipe.batch_size} rows of at most {recipe.max_length} tokens, {os.cpu_count()} cores.{note}"
-    )
+    if smoke:
+        return f"{text} Smoke test: the numbers mean nothing."
+    quick = " Quick table: too short a training to compare methods by; --preset=published is for that."
+    return text + (quick if recipe.steps < 200 else "")
 
 
 def folder(name: str) -> str:
@@ -157,10 +159,8 @@ def row(
     entry: Entry, base: Pretrained, data: Data, recipe: Recipe, seeds: int, tune: int, where: Path
 ) -> dict[str, Any]:
     """One method's row: read from its folder if it is finished, else trained."""
-    identity = {
-        "spec": entry.spec, "rate": entry.rate, "tune": tune, "seeds": seeds, "base": base.fingerprint, "data": data.fingerprint,
-        "recipe": {k: v for k, v in asdict(recipe).items() if k != "learning_rate"}, "dtype": base.config.dtype,
-    }  # fmt: skip
+    identity = {"spec": entry.spec, "rate": entry.rate, "tune": tune, "seeds": seeds, "dtype": base.config.dtype}
+    identity |= {"base": base.fingerprint, "data": data.fingerprint, "recipe": common.jsonable(recipe)}
     done = read_result(where / "result.json")
     if done.get("identity") == identity:
         print(f"  finished before: accuracy {100 * done['row']['accuracy']:.1f}")
@@ -176,8 +176,6 @@ def row(
 
 def read_result(path: Path) -> dict[str, Any]:
     """A finished row, or {}."""
-    import json
-
     try:
         return json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
@@ -185,7 +183,9 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def tuned(entry: Entry, base: Pretrained, data: Data, recipe: Recipe, tries: int, where: Path) -> float:
-    """The rate with the best validation accuracy of seed 0 among `tries` rates a factor of 3 apart around the entry's own."""
+    """The rate with the best validation accuracy of seed 0 among `tries` rates a factor of 3 apart around the entry's
+    own.
+    """
     scores = {}
     for i in range(tries):
         rate = float(f"{entry.rate * 3.0 ** (i - tries // 2):.1e}")
@@ -193,9 +193,7 @@ def tuned(entry: Entry, base: Pretrained, data: Data, recipe: Recipe, tries: int
         path = where / f"{rate:g}.json"
         scores[rate] = read_result(path).get("accuracy")
         if scores[rate] is None:
-            result = fit(
-                run, data, replace(recipe, learning_rate=rate), 0, where, f"{entry.name} at {rate:g}", keep=False
-            )
+            result, _ = fit(run, data, replace(recipe, learning_rate=rate), 0, f"{entry.name} at {rate:g}")
             scores[rate] = evaluator(run, data.validation)(result.state)["accuracy"]
             path.parent.mkdir(parents=True, exist_ok=True)
             common.write_json(path, {"rate": rate, "accuracy": scores[rate]})
@@ -208,20 +206,24 @@ def fit(
     data: Data,
     recipe: Recipe,
     seeds: Any,
-    where: Path,
     label: str,
-    keep: bool = True,
+    where: Path | None = None,
     identity: dict | None = None,
-) -> loop.Result:
-    """Trains; with `keep` it writes metrics and checkpoints, and goes on from them."""
+) -> tuple[loop.Result, dict[str, int]]:
+    """Trains, and says how many bytes the step takes. With `where` it writes metrics and checkpoints, and resumes."""
     batch = batches(data.train, recipe, seeds)
     compiled = step.compile(run.step, run.state, run.frozen, batch(0))
-    result = loop.fit(
-        compiled, run.state, run.frozen, batch, steps=recipe.steps, label=label,
-        checkpointer=checkpoint.Checkpointer(where / "checkpoints", keep=1) if keep else None, save_every=max(20, recipe.steps // 3),
-        identity=identity, writer=metrics.Writer(where / "metrics.jsonl") if keep else None, log_every=max(1, recipe.steps // 60),
-    )  # fmt: skip
-    return result._replace(best=step.memory(compiled))
+    kept = {}
+    if where is not None:
+        kept = {
+            "checkpointer": checkpoint.Checkpointer(where / "checkpoints", keep=1),
+            "save_every": max(20, recipe.steps // 3),
+            "identity": identity,
+            "writer": metrics.Writer(where / "metrics.jsonl"),
+            "log_every": max(1, recipe.steps // 60),
+        }
+    result = loop.fit(compiled, run.state, run.frozen, batch, steps=recipe.steps, label=label, **kept)
+    return result, step.memory(compiled)
 
 
 def train(
@@ -231,28 +233,15 @@ def train(
     recipe = replace(recipe, learning_rate=entry.rate)
     run = start(base, entry.spec, len(data.class_names), recipe, seeds)
     trainable, total = counts(run)
-    result = fit(run, data, recipe, seeds, where, entry.name, identity=identity)
-    clock = time.perf_counter()
-    accuracy = [float(x) for x in evaluator(run, data.test)(result.state)["accuracy"]]
-    size = [
-        save_adapter(
-            where / f"adapter-{seed}",
-            base,
-            entry.spec,
-            run,
-            state.take(result.state, i),
-            data,
-            recipe,
-            seed=seed,
-            accuracy=accuracy[i],
-        )
-        for i, seed in enumerate(seeds)
-    ]
+    result, memory = fit(run, data, recipe, seeds, entry.name, where, identity)
+    found = predictions(run, result.state, data.test)
+    accuracy = [float(x) for x in np.mean(found == data.test["labels"], axis=1)]
+    size = []
+    for i, seed in enumerate(seeds):
+        one, more = state.take(result.state, i), {"seed": seed, "accuracy": accuracy[i]}
+        size.append(save_adapter(where / f"adapter-{seed}", base, entry.spec, run, one, data, recipe, **more))
     plot.curve(where / "metrics.jsonl", where / "curve.png")
-    print(
-        f"  accuracy {100 * statistics.mean(accuracy):.1f}, evaluated in {time.perf_counter() - clock:.0f} s",
-        flush=True,
-    )
+    print(f"  accuracy {100 * statistics.mean(accuracy):.1f}", flush=True)
     return {
         "method": entry.name,
         "trainable": trainable,
@@ -260,34 +249,13 @@ def train(
         "accuracy": statistics.mean(accuracy),
         "std": statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0,
         "accuracies": accuracy,
+        "predictions": ["".join(map(str, row)) if len(data.class_names) <= 10 else row.tolist() for row in found],
         "rate": entry.rate,
         "train_s": result.seconds / len(seeds),
         "step_ms": result.step_ms / len(seeds),
-        "step_mb": result.best["peak"] / 2**20,
+        "step_mb": memory["peak"] / 2**20,
         "adapter_kb": size[0] / 2**10,
     }
-
-
-def write(rows: list[dict[str, Any]], workdir: Path, text: str) -> None:
-    """table.md, table.csv and table.png, atomically."""
-    head = "| method | trainable | % | accuracy | rate | train s/run | ms/step | step MB | adapter kB |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|\n"
-    body = "".join(
-        f"| {r['method']} | {r['trainable']:,} | {r['percent']:.3f} | {100 * r['accuracy']:.1f} ± {100 * r['std']:.1f} | {r['rate']:g} "
-        f"| {r['train_s']:.0f} | {r['step_ms']:.0f} | {r['step_mb']:.0f} | {r['adapter_kb']:,.0f} |\n"
-        for r in rows
-    )
-    out = io.StringIO()
-    table = csv.DictWriter(out, COLUMNS, extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    for name, content in (("table.md", f"{text}\n\n{head}{body}"), ("table.csv", out.getvalue())):
-        partial = workdir / f".{name}.partial"
-        partial.write_text(content)
-        partial.replace(workdir / name)
-    shown = [
-        r | {"accuracy": 100 * r["accuracy"], "std": 100 * r["std"], "trainable": max(1, r["trainable"])} for r in rows
-    ]
-    plot.scatter(shown, workdir / "table.png", title=text.split(", test")[0])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Errors that are the user's to mend: one line that says what was wrong and names the nearest valid choice.
 
-A script prints the line without a traceback and exits with the error's status; anything else that is raised is our bug and keeps its traceback.
+A script prints the line without a traceback and exits with the error's status; anything else that is raised is our bug
+and keeps its traceback.
 """
 
 import difflib

@@ -95,7 +95,7 @@ class Case:
         # The decoder learns to predict tokens, unless the method needs a head to have anything to train.
         self.has_head = family == "encoder" or "linear_probe" in spec
         self.loss = (classify if self.has_head else lm).loss(self.model)
-        self.step = jax.jit(self.stepper())
+        self.step = jax.jit(self.stepper(), donate_argnums=(0,))
 
     def stepper(self, tx: optax.GradientTransformation | None = None) -> Any:
         m = self.method
@@ -127,8 +127,14 @@ class Case:
 
     @functools.cached_property
     def point(self) -> dict:
-        """A random point: zeros of the initialisation no longer hide anything."""
-        return self.variables | {"peft": noise(self.variables["peft"])}
+        """A random point, for what trains and for what is added:
+
+        zeros of the initialisation no longer hide anything.
+        """
+        moved = noise(self.variables)
+        trained, _ = tree.partition(moved, self.mask)
+        _, rest = tree.partition(self.variables, self.mask)
+        return tree.combine(trained, rest) | {"peft": moved["peft"]}
 
     @functools.cached_property
     def _forward(self) -> Any:
@@ -177,3 +183,24 @@ def same(a: Any, b: Any) -> bool:
         return False
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() and x.dtype == y.dtype for x, y in pairs)
+
+
+def equations(jaxpr: Any) -> list:
+    """All equations of a program, those of its inner programs too."""
+    out = []
+    for eqn in jaxpr.eqns:
+        out.append(eqn)
+        for leaf in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(leaf, "eqns"):
+                out += equations(getattr(leaf, "jaxpr", leaf))
+    return out
+
+
+def products(jaxpr: Any) -> list[tuple[tuple[int, ...], int]]:
+    """(shape of the result, number of summed terms) of every matrix product."""
+    out = []
+    for eqn in equations(jaxpr):
+        if eqn.primitive.name == "dot_general":
+            (contract, _), _ = eqn.params["dimension_numbers"]
+            out.append((eqn.outvars[0].aval.shape, int(np.prod([eqn.invars[0].aval.shape[i] for i in contract]))))
+    return out

@@ -3,8 +3,6 @@
 import errno
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from research import files
 from research.convert import hf
 from research.convert.config import ARCHITECTURES, Json, config_to_hf
 from research.errors import ModelError
@@ -56,7 +55,7 @@ def export_hf(
             _save_tokenizer(tokenizer, folder)
 
     needed = sum(x.nbytes for x in (*jax.tree.leaves(params), *(value for _, value in heads)))
-    replace_directory(directory, fill, needed)
+    files.replace_directory(directory, fill, ours=_is_export, needed=needed)
     return directory
 
 
@@ -126,42 +125,7 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
         raise OSError(errno.ENOSPC if full else errno.EIO, f"tokenizer not saved: {e}") from e
 
 
-def replace_directory(directory: Path, fill: Callable[[Path], None], needed: int) -> None:
-    """Lets `fill` write into a temporary sibling, which then takes the directory's name.
-
-    An empty directory or an earlier export is replaced; anything else is left alone. `needed` (bytes) is for the
-    message of a full disk. Raises ModelError.
-    """
-    if directory.exists() and not _replaceable(directory):
-        raise ModelError(f"{directory} exists and is not an earlier export: choose another directory.")
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as scratch:
-            fresh, old = Path(scratch) / "fresh", Path(scratch) / "old"
-            fresh.mkdir()
-            fill(fresh)
-            if directory.exists():
-                directory.rename(old)
-            try:
-                fresh.rename(directory)
-            except OSError:
-                if old.exists():
-                    old.rename(directory)
-                raise
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(next(p for p in directory.parents if p.exists())).free
-            raise ModelError(
-                f"disk full: {directory} needs more than {needed} bytes, {free} are free; nothing written."
-            ) from e
-        raise ModelError(f"cannot write {directory}: {e.strerror or e}; nothing written.") from e
-
-
-def _replaceable(directory: Path) -> bool:
-    if not directory.is_dir():
-        return False
-    if not any(directory.iterdir()):
-        return True
+def _is_export(directory: Path) -> bool:
     try:
         return json.loads((directory / "config.json").read_text()).get("producer") == PRODUCER["producer"]
     except (OSError, ValueError, AttributeError):

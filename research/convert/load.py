@@ -30,6 +30,7 @@ SMOKE = ("smoke", "smoke-llama")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")
 # Of a hub repository only this is fetched: no pickles, no code, no folders of other formats.
 HUB_FILES = ["*.json", "model*.safetensors", "*.txt", "*.model", "*.jinja"]
+CONFIG_FILES = ["config.json"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def load_config(name: str) -> Config:
         return _smoke_config(name, len(smoke.smoke_tokenizer()))
     if name in PACKAGED or name in PRESETS:
         return preset(PACKAGED.get(name, name))
-    path = _find(name, files=["config.json"])
+    path = _find(name, files=CONFIG_FILES)
     return GGUFSource(path).config if path.is_file() else _read_config(path)
 
 
@@ -113,7 +114,8 @@ def _hub(name: str, files: list[str]) -> Path:
     if not id_ or name.startswith((".", "/", "~")) or Path(name).suffix in (".gguf", ".safetensors"):
         if name in PRESETS:
             raise ModelError(f"{name!r} is a preset of shapes without weights; name its hub id or a directory instead.")
-        hint = did_you_mean(name, [*PACKAGED, *SMOKE])
+        shapes = PRESETS if files == CONFIG_FILES else ()  # a preset is enough for counting, not for weights
+        hint = did_you_mean(name, [*PACKAGED, *SMOKE, *shapes])
         raise ModelError(f"no model {name!r}: neither packaged, a path that exists, nor a hub id org/name.{hint}")
     import huggingface_hub
 

@@ -24,7 +24,10 @@ ACTIVATIONS = {"gelu": lambda x: jax.nn.gelu(x, approximate=False), "gelu_tanh":
 
 @dataclass(frozen=True)
 class BertConfig:
-    """Shapes and options. `position_offset` is RoBERTa's 2; `dtype` is the compute dtype, `param_dtype` the parameters'."""
+    """Shapes and options.
+
+    `position_offset` is RoBERTa's 2; `dtype` is the compute dtype, `param_dtype` the parameters'.
+    """
 
     vocab_size: int = 30522
     hidden_size: int = 768

@@ -1,8 +1,8 @@
-"""LLaMA (arXiv 2302.13971) and its kin by configuration: SmolLM2, Mistral (arXiv 2310.06825), Qwen2 (arXiv 2407.10671), Qwen3 (arXiv 2505.09388).
+"""LLaMA (arXiv 2302.13971) and its kin by configuration: SmolLM2, Mistral (arXiv 2310.06825), Qwen2 (arXiv 2407.10671),
+Qwen3 (arXiv 2505.09388).
 
-embed/tokens/embedding
-layers/attn_norm, layers/attn/{q,k,v,o}[/q_norm,k_norm], layers/mlp_norm, layers/mlp/{gate,up,down}      (leading axis L where scanned)
-norm, lm_head (untied)
+embed/tokens/embedding layers/attn_norm, layers/attn/{q,k,v,o}[/q_norm,k_norm], layers/mlp_norm,
+layers/mlp/{gate,up,down}      (leading axis L where scanned) norm, lm_head (untied)
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,10 @@ from research.nn.sites import Outputs, Prompt, Residual
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Shapes and options. sliding_window: a query sees that many last positions, itself included. rope_scaling: see `research.nn.rope`."""
+    """Shapes and options.
+
+    sliding_window: a query sees that many last positions, itself included. rope_scaling: see `research.nn.rope`.
+    """
 
     vocab_size: int
     hidden_size: int

@@ -1,4 +1,7 @@
-"""Between the two layouts of a layer stack: scanned (`layers`, leading axis L) and unrolled (`layers_0`, `layers_1`, ...)."""
+"""Between the two layouts of a layer stack:
+
+scanned (`layers`, leading axis L) and unrolled (`layers_0`, `layers_1`, ...).
+"""
 
 import re
 from typing import Any

@@ -53,7 +53,8 @@ class Attention(nn.Module):
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, rate: float = 0.0, rng: jax.Array | None = None
 ) -> jax.Array:
-    """q [B, T, H, K], k and v [B, S, kv_heads, K], mask bool [B, T or 1, S] -> [B, T, H*K]. A row without a key gives a mean, not NaN.
+    """q [B, T, H, K], k and v [B, S, kv_heads, K], mask bool [B, T or 1, S] -> [B, T, H*K]. A row without a key gives a
+    mean, not NaN.
 
     The queries that share a key head are one batched product [B*kv_heads, G*T, K] x [B*kv_heads, K, S].
     """

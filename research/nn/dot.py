@@ -1,7 +1,8 @@
 """Products with a kernel that is an array, a quantised node, or a deferred low-rank sum.
 
-`LowRank(w, a, b)` stands for W + A B. Multiplying by it is written out by hand because autodiff would either form the dense gradient of the
-frozen W or multiply twice: dA = x' (dy B') and dB = (x A)' dy need only thin products (measured in `docs/design.md`).
+`LowRank(w, a, b)` stands for W + A B. Multiplying by it is written out by hand because autodiff would either form the
+dense gradient of the frozen W or multiply twice: dA = x' (dy B') and dB = (x A)' dy need only thin products (measured
+in `docs/design.md`).
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.custom_derivatives import SymbolicZero
 
-from research.nn.param import dense
+from research.nn.param import dense, dropout
 
 
 @struct.dataclass
@@ -31,13 +32,30 @@ class LowRank:
         return dense(self.w, dtype) + (self.a @ self.b).astype(dtype)
 
 
-def low_rank(w: Any, a: jax.Array, b: jax.Array) -> LowRank:
-    """Defers w + a b; `w` may itself be deferred."""
+@struct.dataclass
+class Dropped:
+    """The deferred W + A B whose second product sees its input through dropout, which no one kernel can do."""
+
+    w: Any
+    a: jax.Array
+    b: jax.Array
+    rng: jax.Array
+    rate: float = struct.field(pytree_node=False)
+
+
+def low_rank(w: Any, a: jax.Array, b: jax.Array, rate: float = 0.0, rng: jax.Array | None = None) -> LowRank | Dropped:
+    """Defers w + a b, with dropout before a where there is an rng; `w` may itself be deferred."""
+    if rng is not None and rate > 0:
+        return Dropped(w, a, b, rng, rate)
+    if isinstance(w, Dropped):
+        return w.replace(w=low_rank(w.w, a, b))
     return w.plus(a, b) if isinstance(w, LowRank) else LowRank(w, a, b)
 
 
 def dot(x: jax.Array, w: Any) -> jax.Array:
-    """x [N, in] times w [in, out] (array, quantised node or LowRank) -> [N, out] in x's dtype."""
+    """x [N, in] times w [in, out] (array, quantised node or deferred) -> [N, out] in x's dtype."""
+    if isinstance(w, Dropped):
+        return dot(x, w.w) + (dropout(x, w.rate, w.rng) @ w.a.astype(x.dtype)) @ w.b.astype(x.dtype)
     if isinstance(w, LowRank):
         return _low_rank_dot(x, w.w, w.a.astype(x.dtype), w.b.astype(x.dtype))
     return x @ dense(w, x.dtype)

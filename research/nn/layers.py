@@ -1,4 +1,7 @@
-"""A stack of equal blocks: scanned (one compiled body, leaves with a leading L) or unrolled, with rematerialisation by name."""
+"""A stack of equal blocks:
+
+scanned (one compiled body, leaves with a leading L) or unrolled, with rematerialisation by name.
+"""
 
 import flax.linen as nn
 import jax

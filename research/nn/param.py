@@ -36,6 +36,6 @@ def dropout(x: jax.Array, rate: float, rng: jax.Array | None) -> jax.Array:
     """
     if rng is None or rate == 0.0:
         return x
-    dropped = round(rate * 65536)
+    dropped = min(round(rate * 65536), 65535)
     kept = jax.random.bits(rng, x.shape, jnp.uint16) >= jnp.uint16(dropped)
     return jnp.where(kept, x / jnp.asarray(1.0 - dropped / 65536, x.dtype), jnp.zeros((), x.dtype))

@@ -8,7 +8,9 @@ import numpy as np
 
 
 def frequencies(head_dim: int, theta: float, scaling: tuple | None = None) -> np.ndarray:
-    """Inverse frequencies [K/2]; scaling ("llama3", factor, low, high, original_max) is Llama 3.1's, ("linear", factor) divides all."""
+    """Inverse frequencies [K/2]; scaling ("llama3", factor, low, high, original_max) is Llama 3.1's, ("linear", factor)
+    divides all.
+    """
     inverse = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     if scaling and scaling[0] == "linear":
         inverse = inverse / scaling[1]

@@ -1,7 +1,8 @@
 """The five sites: the only places where a PEFT node may sit, and the base classes of the nodes that sit there.
 
-A site is a module that does nothing by itself. Under `model.init` it records `Site(kind, shape, axes, stack)` in collection `sites`; under `model.apply` it hands its
-activations to the nodes found at its own path in collection `peft`, in the order of their keys. No node, no cost.
+A site is a module that does nothing by itself. Under `model.init` it records `Site(kind, shape, axes, stack)` in
+collection `sites`; under `model.apply` it hands its activations to the nodes found at its own path in collection
+`peft`, in the order of their keys. No node, no cost.
 
     sites: {"layers": {"attn": {"q": {"site": Site("linear", (D, H*K), ("embed", "heads"), stack=[L])}}}}
     peft:  {"layers": {"attn": {"q": {"lora": Lora(a[L, D, r], b[L, r, H*K], scale[L])}}}}
@@ -22,9 +23,11 @@ from research.nn.param import training_rng
 class Site:
     """Where a node may sit.
 
-    kind: "linear" (shape [in, out]), "residual" ([D]), "attention" ([kv_heads, K]), "embed" ([D]) or "output" ([layers, D]).
+    kind: "linear" (shape [in, out]), "residual" ([D]), "attention" ([kv_heads, K]), "embed" ([D]) or "output" ([layers,
+    D]).
     axes: one logical axis name for each dimension of `shape`.
-    stack: a scalar that `nn.scan` stacks with the layers' parameters, so its shape is the leading shape of every leaf added here: () or (L,).
+    stack: a scalar that `nn.scan` stacks with the layers' parameters, so its shape is the leading shape of every leaf
+    added here: () or (L,).
     """
 
     kind: str = struct.field(pytree_node=False)
@@ -34,14 +37,20 @@ class Site:
 
 
 class Node(struct.PyTreeNode):
-    """One method's added arrays at one site. `trained` names the fields with gradients; the others are frozen leaves."""
+    """One method's added arrays at one site.
+
+    `trained` names the fields with gradients; the others are frozen leaves.
+    """
 
     kind: ClassVar[str]
     trained: ClassVar[tuple[str, ...]]
 
 
 class LinearNode(Node):
-    """May change a projection's input, kernel and, after the bias, output. x [N, in], y [N, out], w [in, out]; rng is None in evaluation."""
+    """May change a projection's input, kernel and, after the bias, output.
+
+    x [N, in], y [N, out], w [in, out]; rng is None in evaluation.
+    """
 
     kind: ClassVar[str] = "linear"
 
@@ -55,7 +64,9 @@ class LinearNode(Node):
         return y
 
     def fold_input(self, w: jax.Array) -> jax.Array:
-        """The kernel that does what `input` and then `w` do; a node whose `input` is linear overrides it, and can then be merged."""
+        """The kernel that does what `input` and then `w` do; a node whose `input` is linear overrides it, and can then
+        be merged.
+        """
         return w
 
     def fold_output(self, w: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
@@ -71,7 +82,10 @@ class ResidualNode(Node):
     def residual(
         self, stream: jax.Array, x: jax.Array, y: jax.Array, norm: Callable, rng: jax.Array | None
     ) -> jax.Array:
-        """stream, x (the sublayer's input), y (its output) [B, T, D] -> new y. `norm` is the layer norm that follows the addition (post-LN) or the identity."""
+        """stream, x (the sublayer's input), y (its output) [B, T, D] -> new y.
+
+        `norm` is the layer norm that follows the addition (post-LN) or the identity.
+        """
         raise TypeError(f"{type(self).__name__} has no residual hook")
 
 

@@ -3,13 +3,13 @@
     DIR/adapter.safetensors   "peft/layers/attn/q/lora/a", "head/kernel", "params/..." for base leaves that trained
     DIR/adapter.json          format, method specification, base (name, fingerprint), head classes, counts
 
-No adapter name enters a key, so any name of the directory will do. A prefix MLP is dropped: what is saved is what it realises. Loading rebuilds the structure
-from the specification and is strict: a missing, unexpected or mis-shaped leaf is an error, and so is another base.
+No adapter name enters a key, so any name of the directory will do. A prefix MLP is dropped: what is saved is what it
+realises. Loading rebuilds the structure from the specification and is strict: a missing, unexpected or mis-shaped leaf
+is an error, and so is another base.
 """
 
+import errno
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.errors import ModelError, UserError
+from research.files import replace_directory
 from research.peft import method as peft
 from research.peft import registry, tree
 from research.peft.method import ENCODER, Method, PyTree, Sites, Variables
@@ -44,10 +45,12 @@ def realised(method: Method, variables: Variables, sites: Sites) -> Variables:
 def save(
     directory: str | Path, spec: str, variables: Variables, sites: Sites, base: dict[str, str], **meta: Any
 ) -> int:
-    """Writes an adapter directory atomically and returns its bytes. `base`: {"name", "fingerprint"}; `meta`: further JSON values.
+    """Writes an adapter directory atomically and returns its bytes. `base`: {"name", "fingerprint"}; `meta`: further
+    JSON values.
 
     Raises ModelError where the directory can't be written; what was there before stays.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     directory, method = Path(directory), registry.parse(spec)
@@ -58,35 +61,19 @@ def save(
     }
     leaves = {path: np.asarray(x) for path, x in tree.paths(kept).items()}
     record = {"format": FORMAT, "spec": spec, "base": base, "trainable": tree.count(variables, mask), **meta}
-    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file(leaves, partial / WEIGHTS)
-        (partial / META).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-        _replace(partial, directory)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise ModelError(
-            f"can't write adapter {directory}: {error.strerror or error}. What was there before is unchanged."
-        ) from None
+
+    def fill(folder: Path) -> None:
+        try:
+            save_file(leaves, folder / WEIGHTS)
+        except SafetensorError as error:  # its own name for a failed write
+            full = f"os error {errno.ENOSPC}" in str(error)
+            raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
+        (folder / META).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    replace_directory(
+        directory, fill, ours=lambda d: (d / META).exists(), needed=sum(x.nbytes for x in leaves.values())
+    )
     return sum(f.stat().st_size for f in directory.iterdir())
-
-
-def _replace(partial: Path, directory: Path) -> None:
-    """Renames the finished directory into place; an older adapter there is moved aside first and put back on failure."""
-    if directory.exists() and not (directory / META).exists() and any(directory.iterdir()):
-        raise OSError(0, "the directory holds something else than an adapter")
-    old = directory.with_name(f".{directory.name}.old-{os.getpid()}")
-    if directory.exists():
-        os.replace(directory, old)
-    try:
-        os.replace(partial, directory)
-    except OSError:
-        if old.exists():
-            os.replace(old, directory)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def load(directory: str | Path) -> Adapter:
@@ -101,25 +88,31 @@ def load(directory: str | Path) -> Adapter:
         )
         raise ModelError(f"{directory} is no adapter: it has no {META} ({found or 'it is empty'}).")
     try:
-        meta = json.loads((directory / META).read_text())
+        meta = json.loads((directory / META).read_text(encoding="utf-8"))
         leaves = load_file(directory / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"adapter {directory} is damaged: {str(error).splitlines()[0]}.") from None
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+    if not isinstance(meta, dict) or not isinstance(meta.get("base", {}), dict):
+        raise ModelError(f"adapter {directory} is damaged: {META} does not describe an adapter.")
+    if meta.get("format") != FORMAT:
         raise ModelError(f"adapter {directory} has format {meta.get('format')!r}; this version reads {FORMAT}.")
     try:
-        method = registry.parse(meta["spec"])
+        method = registry.parse(str(meta["spec"]))
     except (KeyError, UserError) as error:
         raise ModelError(f"adapter {directory}: its method can't be rebuilt: {error}") from None
     return Adapter(method, meta, leaves)
 
 
 def attach(adapter: Adapter, params: PyTree, sites: Sites, fingerprint: str, force: bool = False) -> Variables:
-    """The variables of base + adapter. Raises ModelError for another base (unless `force`) and for leaves that do not fit."""
+    """The variables of base + adapter.
+
+    Raises ModelError for another base (unless `force`) and for leaves that do not fit.
+    """
     base = adapter.meta.get("base", {})
     if base.get("fingerprint") != fingerprint and not force:
         raise ModelError(
-            f"the adapter was trained on base {base.get('name')} ({str(base.get('fingerprint'))[:12]}), not on this one ({fingerprint[:12]}): load that base."
+            f"the adapter was trained on base {base.get('name')} ({str(base.get('fingerprint'))[:12]}), "
+            f"not on this one ({fingerprint[:12]}): load that base."
         )
     variables: Variables = {"params": params, "peft": peft.init(adapter.method, jax.random.key(0), sites)}
     mask = peft.mask(adapter.method, variables | {"head": {"bias": jnp.zeros(1)}})

@@ -3,8 +3,9 @@
     before  {"params": {..., "attn": {"q": {"kernel", "bias"}}}}
     after   {"params": {..., "attn": {"q": {"kernel", "bias" (trained)}}}}
 
-Every parameter called bias: q, k, v, the attention's output, both layer norms, both feed-forward projections, the embeddings' norm and the pooler. Layer-norm
-gains stay frozen, as in the authors' code. A model without biases (LLaMA) is refused.
+Every parameter called bias: q, k, v, the attention's output, both layer norms, both feed-forward projections, the
+embeddings' norm and the pooler. Layer-norm gains stay frozen, as in the authors' code. A model without biases (LLaMA)
+is refused.
 """
 
 from research.errors import FlagError
@@ -13,7 +14,10 @@ from research.peft.method import Method, PyTree, Variables, base_leaves
 
 
 def bitfit(targets: str = ".*") -> Method:
-    """targets: pattern for the path of what owns the bias; the paper's partial form is `targets=attn/q|mlp/up|pooler`."""
+    """targets:
+
+    pattern for the path of what owns the bias; the paper's partial form is `targets=attn/q|mlp/up|pooler`.
+    """
 
     def trainable(variables: Variables) -> PyTree:
         mask = base_leaves(rf"(?:{targets})/bias", variables)
@@ -22,7 +26,8 @@ def bitfit(targets: str = ".*") -> Method:
             raise FlagError(
                 f"bitfit: targets={targets} matches none of the model's {len(biases)} biases."
                 if biases
-                else "bitfit: this model has no biases, so there is nothing to train. Valid: a model with biases (BERT, RoBERTa), or --peft=layernorm."
+                else "bitfit: this model has no biases, so there is nothing to train. "
+                "Valid: a model with biases (BERT, RoBERTa), or --peft=layernorm."
             )
         return mask
 

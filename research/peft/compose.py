@@ -1,6 +1,7 @@
 """Several methods on one model: `chain(lora(), prefix())`, or `lora+prefix` on the command line.
 
-The union of the added subtrees, the OR of the masks. Node keys carry the place in the chain, since jax sorts dictionary keys:
+The union of the added subtrees, the OR of the masks. Node keys carry the place in the chain, since jax sorts dictionary
+keys:
 
     {"layers": {"attn": {"q": {"0_lora": Lora(...)}, "kv": {"1_prefix": Prefix(...)}}}}
 

@@ -2,10 +2,11 @@
 
     y <- y + gelu(y W_down + b_down) W_up + b_up,   then the residual addition and the layer norm
 
-    after   peft {"attn_residual": {"houlsby": Bottleneck(down[L, D, m], down_bias[L, m], up[L, m, D], up_bias[L, D])}, "mlp_residual": ...}
+    after   peft {"attn_residual": {"houlsby": Bottleneck(down[L, D, m], down_bias[L, m], up[L, m, D], up_bias[L, D])},
+                  "mlp_residual": ...}
 
-Both sublayers of every layer; all layer norms train too, as in the paper. Weights start at a truncated normal of std 1e-3 (the authors' code; the paper says
-1e-2) and biases at 0: near the identity, not on it.
+Both sublayers of every layer; all layer norms train too, as in the paper. Weights start at a truncated normal of std
+1e-3 (the authors' code; the paper says 1e-2) and biases at 0: near the identity, not on it.
 """
 
 from collections.abc import Callable
@@ -36,7 +37,10 @@ ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "swish": jax.nn.swish, 
 
 
 class Bottleneck(ResidualNode):
-    """down [D, m], down_bias [m], up [m, D], up_bias [D]. `after_norm`: what it reads is the layer norm of stream + y (Pfeiffer)."""
+    """down [D, m], down_bias [m], up [m, D], up_bias [D].
+
+    `after_norm`: what it reads is the layer norm of stream + y (Pfeiffer).
+    """
 
     down: Any
     down_bias: Any
@@ -89,7 +93,11 @@ def houlsby(
     norms: bool = True,
     std: float = 1e-3,
 ) -> Method:
-    """width: the bottleneck m; targets: pattern of residual sites; norms: whether the layer norms train too; std: of the initial weights."""
+    """width:
+
+    the bottleneck m; targets: pattern of residual sites; norms: whether the layer norms train too; std: of the initial
+    weights.
+    """
     node = bottleneck(width, activation, False, truncated_normal(std))
 
     def init(rng: jax.Array, sites: Sites) -> PyTree:

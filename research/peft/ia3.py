@@ -1,4 +1,5 @@
-"""(IA)3: three learnt vectors a layer rescale keys, values and the feed-forward's hidden units (Liu et al., arXiv 2205.05638, section 3.3).
+"""(IA)3: three learnt vectors a layer rescale keys, values and the feed-forward's hidden units (Liu et al., arXiv
+2205.05638, section 3.3).
 
     softmax(q (l_k * k)' / sqrt(K)) (l_v * v)    and    (l_ff * gamma(x W1)) W2,    l = 1
 
@@ -11,6 +12,7 @@ from typing import Any, ClassVar
 
 import jax
 
+from research.errors import FlagError
 from research.nn.sites import LinearNode, Site
 from research.peft import tree
 from research.peft.method import Method, PyTree, Sites, constant, leaf, place, select
@@ -43,7 +45,11 @@ class ScaleInput(LinearNode):
 
 
 def ia3(targets: str = "attn/(k|v)", feedforward: str = "mlp/down") -> Method:
-    """targets: linear sites whose output is scaled; feedforward: those whose input is, which is the hidden layer after the activation."""
+    """targets:
+
+    linear sites whose output is scaled; feedforward: those whose input is, which is the hidden layer after the
+    activation.
+    """
 
     def scale(site: Site, rng: jax.Array) -> Scale:
         return Scale(leaf(site, rng, constant(1.0), site.shape[1:], site.axes[1:]))
@@ -52,9 +58,9 @@ def ia3(targets: str = "attn/(k|v)", feedforward: str = "mlp/down") -> Method:
         return ScaleInput(leaf(site, rng, constant(1.0), site.shape[:1], site.axes[:1]))
 
     def init(rng: jax.Array, sites: Sites) -> PyTree:
-        return tree.merge_dicts(
-            place(select(sites, "linear", targets), "ia3", rng, scale),
-            place(select(sites, "linear", feedforward, "feedforward"), "ia3", rng, scale_input),
-        )
+        outputs, inputs = select(sites, "linear", targets), select(sites, "linear", feedforward, "feedforward")
+        if both := sorted(set(outputs) & set(inputs)):
+            raise FlagError(f"targets={targets} and feedforward={feedforward} both match {both[0]}.")
+        return tree.merge_dicts(place(outputs, "ia3", rng, scale), place(inputs, "ia3", rng, scale_input))
 
     return Method(init)

@@ -1,4 +1,5 @@
-"""LayerNorm tuning: only the norms' gains and biases train (Zhao et al., arXiv 2312.11420; the LN rows of arXiv 1902.00751).
+"""LayerNorm tuning: only the norms' gains and biases train (Zhao et al., arXiv 2312.11420; the LN rows of arXiv
+1902.00751).
 
 before  {"params": {..., "attn_norm": {"scale", "bias"}}}
 after   {"params": {..., "attn_norm": {"scale" (trained), "bias" (trained)}}}

@@ -5,7 +5,8 @@
     before  {"q": {"kernel": W[L, in, out]}}
     after   {"q": {"kernel": W}}  and  peft {"q": {"lora": Lora(a[L, in, r], b[L, r, out], scale[L])}}
 
-The initialisation of A is the authors' code's (Kaiming uniform with a = sqrt 5); the paper says Gaussian. B = 0 makes a fresh LoRA the base itself.
+The initialisation of A is the authors' code's (Kaiming uniform with a = sqrt 5); the paper says Gaussian. B = 0 makes a
+fresh LoRA the base itself.
 """
 
 from typing import Any, ClassVar
@@ -15,7 +16,6 @@ from flax import struct
 
 from research.errors import FlagError
 from research.nn.dot import low_rank
-from research.nn.param import dropout
 from research.nn.sites import LinearNode, Site
 from research.peft.method import Method, PyTree, Sites, at_least, constant, leaf, place, select, uniform, zeros
 
@@ -30,24 +30,15 @@ class Lora(LinearNode):
     trained: ClassVar[tuple[str, ...]] = ("a", "b")
 
     def weight(self, w: Any, rng: jax.Array | None) -> Any:
-        return w if self._drops(rng) else low_rank(w, self.a * self.scale, self.b)
-
-    def output(self, x: jax.Array, y: jax.Array, rng: jax.Array | None) -> jax.Array:
-        # Dropout is on LoRA's own input, which is then not the kernel's: the two products can't be one.
-        if not self._drops(rng):
-            return y
-        a, b = (self.a * self.scale).astype(x.dtype), self.b.astype(x.dtype)
-        return y + (dropout(x, self.dropout, rng) @ a) @ b
-
-    def fold_output(self, w: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-        return w, bias  # `output` does nothing in evaluation, and what is merged is what evaluates
-
-    def _drops(self, rng: jax.Array | None) -> bool:
-        return rng is not None and self.dropout > 0
+        return low_rank(w, self.a * self.scale, self.b, self.dropout, rng)
 
 
 def lora(rank: int = 8, alpha: float = 16.0, targets: str = "attn/(q|v)", dropout: float = 0.0) -> Method:
-    """rank: r; alpha: the update is scaled by alpha / rank; targets: pattern of linear sites, or "all" in the layers; dropout: on the update's input."""
+    """rank:
+
+    r; alpha: the update is scaled by alpha / rank; targets: pattern of linear sites, or "all" in the layers; dropout:
+    on the update's input.
+    """
     at_least("rank", rank, 1)
     if alpha == 0:
         raise FlagError("alpha=0.0 would switch the update off: choose another value, such as 16.")

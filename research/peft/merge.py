@@ -1,7 +1,8 @@
 """Folding nodes into the base, and taking them out again by keeping the base.
 
-A linear node folds where each hook it has is a change of the kernel: `weight` is one already, `fold_input` and `fold_output` say what `input` and `output` are. A
-quantised kernel becomes a float one. Nothing is changed in place, so a merge that fails has changed nothing and the base one still holds is the exact un-merge.
+A linear node folds where each hook it has is a change of the kernel: `weight` is one already, `fold_input` and
+`fold_output` say what `input` and `output` are. A quantised kernel becomes a float one. Nothing is changed in place, so
+a merge that fails has changed nothing and the base one still holds is the exact un-merge.
 """
 
 import jax

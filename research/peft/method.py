@@ -27,7 +27,10 @@ Variables = dict[str, PyTree]
 
 
 class Method(NamedTuple):
-    """A transform of the parameter tree. Only `init` is required; None stands for the default that its comment names."""
+    """A transform of the parameter tree.
+
+    Only `init` is required; None stands for the default that its comment names.
+    """
 
     init: Callable[[jax.Array, Sites], PyTree]  # (rng, sites) -> added subtree, leaves boxed with logical axes
     trainable: Callable[[Variables], PyTree] | None = None  # -> mask; default: the nodes' trained fields
@@ -79,7 +82,10 @@ def init_axes(method: Method, sites: Sites) -> PyTree:
 
 
 def parameters(variables: Variables, sites: Sites) -> int:
-    """How many parameters base and added subtree have. A node's settings (LoRA's scale: a scalar a layer) are none, and heads are counted apart."""
+    """How many parameters base and added subtree have.
+
+    A node's settings (LoRA's scale: a scalar a layer) are none, and heads are counted apart.
+    """
 
     def settings(path: str, x: Any) -> bool:
         site = sites.get(path.rsplit("/", 2)[0])
@@ -134,7 +140,7 @@ def base_leaves(pattern: str, variables: Variables) -> PyTree:
     def chosen(path: str, leaf: Any) -> Any:
         if hasattr(leaf, "dequantise") and matches(path):
             raise FlagError(
-                f"{path} is quantised and can't train: load the base unquantised, or choose a method that adds parameters."
+                f"{path} is quantised and can't train: load the base unquantised, or add parameters instead."
             )
         return tree.constant(leaf, False) if hasattr(leaf, "dequantise") else matches(path)
 
@@ -153,7 +159,10 @@ def _or(masks: tuple) -> Any:
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:
-    """A regular expression for the end of a path, from a whole name on: "attn/(q|v)" matches "layers/attn/q", "q" does not match "eq"."""
+    """A regular expression for the end of a path, from a whole name on:
+
+    "attn/(q|v)" matches "layers/attn/q", "q" does not match "eq".
+    """
     try:
         compiled = re.compile(rf"(?:.*/)?(?:{pattern})")
     except re.error as error:

@@ -1,10 +1,12 @@
-"""Pfeiffer adapters: one bottleneck a layer, after the feed-forward (Pfeiffer et al., arXiv 2005.00247, section 3; `SeqBn` in AdapterHub).
+"""Pfeiffer adapters: one bottleneck a layer, after the feed-forward (Pfeiffer et al., arXiv 2005.00247, section 3;
+`SeqBn` in AdapterHub).
 
     y <- y + relu(norm(stream + y) W_down + b_down) W_up + b_up,   then the residual addition and the layer norm
 
     after   peft {"mlp_residual": {"pfeiffer": Bottleneck(down[L, D, m], down_bias[L, m], up[L, m, D], up_bias[L, D])}}
 
-`norm` is the layer norm that follows the addition in a post-LN model (BERT), nothing in a pre-LN one. AdapterHub's initialisation is BERT's: N(0, 0.02^2), biases 0.
+`norm` is the layer norm that follows the addition in a post-LN model (BERT), nothing in a pre-LN one. AdapterHub's
+initialisation is BERT's: N(0, 0.02^2), biases 0.
 """
 
 import jax

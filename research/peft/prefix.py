@@ -1,11 +1,14 @@
 """Prefix tuning: trained keys and values before every layer's own (Li and Liang, arXiv 2101.00190, section 4).
 
-    P = tanh(E W1 + b1) W2 + b2,    E [P, D], W1 [D, hidden], W2 [hidden, L*2*kv_heads*K]      (section 4.3; dropped after training)
+    P = tanh(E W1 + b1) W2 + b2,    E [P, D], W1 [D, hidden], W2 [hidden, L*2*kv_heads*K]    (section 4.3; not kept)
 
-    in training  peft {"encoder": {"prefix": PrefixMlp(table, w1, b1, w2, b2)}, "embed": {"prompt": {"prefix": Shift(P)}}}
-    realised     peft {"layers": {"attn": {"kv": {"prefix": Prefix(k[L, P, kv_heads, K], v)}}}, "embed": {"prompt": {"prefix": Shift(P)}}}
+    in training  peft {"encoder": {"prefix": PrefixMlp(table, w1, b1, w2, b2)},
+                       "embed": {"prompt": {"prefix": Shift(P)}}}
+    realised     peft {"layers": {"attn": {"kv": {"prefix": Prefix(k[L, P, kv_heads, K], v)}}},
+                       "embed": {"prompt": {"prefix": Shift(P)}}}
 
-The text's positions start after the prefix, as they do where a prefix is a cache of P past tokens. `hidden=0` trains keys and values themselves.
+The text's positions start after the prefix, as they do where a prefix is a cache of P past tokens. `hidden=0` trains
+keys and values themselves.
 """
 
 from collections.abc import Callable
@@ -92,7 +95,10 @@ def prefixes(sites: Sites, rng: jax.Array, name: str, length: int, targets: str)
 
 
 def prefix(length: int = 10, hidden: int = 512, targets: str = "attn/kv") -> Method:
-    """length: P virtual tokens; hidden: width of the reparametrising MLP, 0 for none; targets: pattern of attention sites."""
+    """length:
+
+    P virtual tokens; hidden: width of the reparametrising MLP, 0 for none; targets: pattern of attention sites.
+    """
     at_least("length", length, 1)
     at_least("hidden", hidden, 0)
 

@@ -4,8 +4,9 @@
 
     after   peft {"embed": {"prompt": {"prompt": VirtualTokens(tokens[P, D])}}}
 
-Slots 0..P-1 come before any padding and take positions 0..P-1; the text starts at position P. Starts: `random`, U(-0.5, 0.5); `vocab`, rows of the token
-table among the first `pool` without replacement (section 3.2; a tokenizer's first entries are its most common ones).
+Slots 0..P-1 come before any padding and take positions 0..P-1; the text starts at position P. Starts: `random`, U(-0.5,
+0.5); `vocab`, rows of the token table among the first `pool` without replacement (section 3.2; a tokenizer's first
+entries are its most common ones).
 """
 
 from typing import Any, ClassVar
@@ -37,7 +38,10 @@ class VirtualTokens(EmbedNode):
 
 
 def prompt(length: int = 20, start: str = "random", pool: int = 5000) -> Method:
-    """length: P virtual tokens; start: "random" or "vocab"; pool: how many of the first vocabulary rows "vocab" draws from."""
+    """length:
+
+    P virtual tokens; start: "random" or "vocab"; pool: how many of the first vocabulary rows "vocab" draws from.
+    """
     at_least("length", length, 1)
     if start not in ("random", "vocab"):
         raise FlagError(f"unknown start {start!r}.{did_you_mean(start, ('random', 'vocab'))}")

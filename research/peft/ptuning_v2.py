@@ -1,6 +1,8 @@
-"""P-tuning v2: deep prompts, trained keys and values in every layer without reparametrisation (Liu et al., arXiv 2110.07602, section 3).
+"""P-tuning v2: deep prompts, trained keys and values in every layer without reparametrisation (Liu et al., arXiv
+2110.07602, section 3).
 
-    after   peft {"layers": {"attn": {"kv": {"ptuning_v2": Prefix(k[L, P, kv_heads, K], v)}}}, "embed": {"prompt": {"ptuning_v2": Shift(P)}}}
+    after   peft {"layers": {"attn": {"kv": {"ptuning_v2": Prefix(k[L, P, kv_heads, K], v)}}},
+                  "embed": {"prompt": {"ptuning_v2": Shift(P)}}}
 
 Differs from `prefix` in its start, N(0, 1) as in the authors' code, and in that no MLP stands behind the vectors.
 """

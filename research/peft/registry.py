@@ -1,11 +1,13 @@
 """Methods by name: `lora:rank=8,targets=attn/(q|v)+prefix:length=10`.
 
-A method is a function of the same name as its file in this folder, returning `Method`; a dotted path finds a user's own (`my_package.my_method`). Its keyword
-arguments are its options: the names, types and defaults of the specification string are read from the signature. A new file needs no other edit.
+A method is a function of the same name as its file in this folder, returning `Method`; a dotted path finds a user's own
+(`my_package.my_method`). Its keyword arguments are its options: the names, types and defaults of the specification
+string are read from the signature. A new file needs no other edit.
 """
 
 import importlib
 import inspect
+import math
 import pkgutil
 import re
 from collections.abc import Callable
@@ -39,7 +41,7 @@ def find(name: str) -> Callable[..., Method]:
     """The method function of a name or dotted path."""
     path = name if "." in name else f"research.peft.{name}"
     try:
-        function = _function(path)
+        function = _function(path) if all(path.split(".")) else None
     except ImportError as error:
         if error.name is None or not path.startswith(error.name):
             raise
@@ -66,7 +68,7 @@ def _function(path: str) -> Callable[..., Method] | None:
 def _parse_one(part: str) -> Method:
     name, _, options = part.strip().partition(":")
     function = find(name)
-    parameters = inspect.signature(function).parameters
+    parameters = inspect.signature(function, eval_str=True).parameters
     arguments = {}
     for option in _split(options, r",(?=\s*\w+\s*=)") if options else []:
         key, equals, text = (s.strip() for s in option.partition("="))
@@ -74,6 +76,8 @@ def _parse_one(part: str) -> Method:
             raise FlagError(f"{name}: {option!r} is not of the form option=value.")
         if key not in parameters:
             raise FlagError(f"{name} has no option {key!r}.{did_you_mean(key, parameters)}")
+        if key in arguments:
+            raise FlagError(f"{name}: {key} is given twice.")
         arguments[key] = _value(name, key, text, parameters[key].annotation)
     return function(**arguments)
 
@@ -86,9 +90,12 @@ def _value(name: str, key: str, text: str, kind: type) -> int | float | bool | s
     try:
         if kinds[0] is bool:
             return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        return kinds[0](text)
+        value = kinds[0](text)
     except (ValueError, KeyError):
         raise FlagError(f"{name}: {key}={text} is not a {kinds[0].__name__}.") from None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise FlagError(f"{name}: {key}={text} is not a finite number.")
+    return value
 
 
 def _split(text: str, separator: str) -> list[str]:

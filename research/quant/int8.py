@@ -2,7 +2,8 @@
 
     {"q": {"kernel": W[L, in, out]}}  ->  {"q": {"kernel": Int8(codes[L, in, out] int8, scale[L, out] fp32)}}
 
-The layer dequantises where it multiplies, inside the scan's body, so that one layer at a time is dense. Sharding: codes keep the kernel's axes, scales its last.
+The layer dequantises where it multiplies, inside the scan's body, so that one layer at a time is dense. Sharding: codes
+keep the kernel's axes, scales its last.
 """
 
 from typing import Any
@@ -39,9 +40,10 @@ class Int8:
 
 def quantise(w: jax.Array) -> Int8:
     """w [..., in, out] -> the nearest codes under scale = max |column| / 127; a column of zeros stays one."""
+    w = w.astype(jnp.float32)
     scale = jnp.max(jnp.abs(w), axis=-2) / 127.0
     codes = jnp.round(w / jnp.where(scale == 0, 1.0, scale)[..., None, :])
-    return Int8(codes.astype(jnp.int8), scale.astype(jnp.float32))
+    return Int8(codes.astype(jnp.int8), scale)
 
 
 def quantise_tree(params: PyTree, targets: str = r"layers(_\d+)?/.*/kernel") -> PyTree:

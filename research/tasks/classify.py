@@ -11,7 +11,9 @@ from research.tasks.loss import Loss, cross_entropy, model_variables
 
 
 def init_head(rng: jax.Array, features: int, classes: int, bias: bool = True) -> dict[str, jax.Array]:
-    """kernel [D, C] from N(0, 0.02^2) (BERT's own), bias [C] zeros; a decoder's head has none where it shall export as a Hugging Face model."""
+    """kernel [D, C] from N(0, 0.02^2) (BERT's own), bias [C] zeros; a decoder's head has none where it shall export as
+    a Hugging Face model.
+    """
     kernel = {"kernel": 0.02 * jax.random.normal(rng, (features, classes))}
     return kernel | ({"bias": jnp.zeros(classes)} if bias else {})
 
@@ -26,7 +28,10 @@ def logits(model: nn.Module, variables: dict, batch: dict, rng: jax.Array | None
 
 
 def loss(model: nn.Module) -> Callable[[dict, dict, jax.Array | None], Loss]:
-    """Cross-entropy in nats, and accuracy. batch: tokens, mask int [B, T], labels int [B], weight [B] (0 for a row that only pads the batch)."""
+    """Cross-entropy in nats, and accuracy.
+
+    batch: tokens, mask int [B, T], labels int [B], weight [B] (0 for a row that only pads the batch).
+    """
 
     def fn(variables: dict, batch: dict, rng: jax.Array | None) -> Loss:
         z, labels = logits(model, variables, batch, rng), batch["labels"]

@@ -10,7 +10,11 @@ from research.tasks.loss import Loss, cross_entropy, model_variables
 
 
 def loss(model: nn.Module) -> Callable[[dict, dict, jax.Array | None], Loss]:
-    """Cross-entropy in nats a token. batch: tokens, mask int [B, T]; optional loss_mask [B, T] marks the tokens to predict (default: every real one but the first)."""
+    """Cross-entropy in nats a token.
+
+    batch: tokens, mask int [B, T]; optional loss_mask [B, T] marks the tokens to predict (default: every real one but
+    the first).
+    """
 
     def fn(variables: dict, batch: dict, rng: jax.Array | None) -> Loss:
         rngs = {} if rng is None else {"dropout": rng}

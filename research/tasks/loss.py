@@ -1,7 +1,7 @@
 """The one contract between a task and the trainer: numerator and denominator apart.
 
-`loss(variables, batch, rng) -> Loss(sum, weight, metrics)`. The trainer adds sums and weights over micro-batches and devices and divides once, so that
-accumulation, packing and sharding are exact. `rng` is None in evaluation: no dropout.
+`loss(variables, batch, rng) -> Loss(sum, weight, metrics)`. The trainer adds sums and weights over micro-batches and
+devices and divides once, so that accumulation, packing and sharding are exact. `rng` is None in evaluation: no dropout.
 """
 
 from typing import NamedTuple

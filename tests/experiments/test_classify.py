@@ -1,0 +1,137 @@
+"""`experiments.classify` and `experiments.merge` on the tiny model: train, resume, evaluate, predict, merge, refuse."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.experiments.script import refused, run
+
+TINY = [
+    "--model=smoke",
+    "--data=smoke",
+    "--steps=8",
+    "--batch_size=16",
+    "--max_length=16",
+    "--save_every=4",
+    "--eval_every=4",
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("classify")
+    outcome = run("classify", *TINY, "--peft=lora", "--learning_rate=1e-2", f"--workdir={workdir}")
+    assert outcome.status == 0, outcome.err
+    return workdir
+
+
+def test_writes_config_metrics_plot_checkpoint_and_adapter(trained: Path):
+    config = json.loads((trained / "config.json").read_text())
+    assert config["flags"]["peft"] == "lora" and config["versions"]["jax"]
+    rows = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows if "loss" in r] == list(range(1, 9))
+    assert [r["step"] for r in rows if "eval/accuracy" in r] == [4, 8]
+    assert (trained / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert (trained / "checkpoints" / "8").is_dir()
+    assert json.loads((trained / "adapter" / "adapter.json").read_text())["classes"] == ["negative", "positive"]
+
+
+def test_the_adapter_evaluates_to_what_training_ended_with(trained: Path):
+    result = json.loads((trained / "result.json").read_text())["test"]
+    out = run("classify", f"--adapter={trained / 'adapter'}", "--data=smoke").out
+    assert f"test accuracy {result['accuracy']:.4f}, loss {result['loss']:.4f}" in out
+
+
+def test_predicts_a_line_at_a_time(trained: Path):
+    lines = ["the film was good", "a dull, empty story"]
+    outcome = run("classify", f"--adapter={trained / 'adapter'}", "--mode=predict", stdin="\n".join(lines) + "\n")
+    found = [json.loads(line) for line in outcome.out.splitlines()]
+    assert [f["text"] for f in found] == lines
+    assert all(f["label"] in ("negative", "positive") and 0.5 <= f["probability"] <= 1 for f in found)
+
+
+def test_sigterm_saves_and_the_same_command_ends_with_the_same_adapter(trained: Path, tmp_path: Path):
+    command = [sys.executable, "-m", "experiments.classify", *TINY, "--peft=lora", "--learning_rate=1e-2"]
+    command += ["--save_every=0", f"--workdir={tmp_path}"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=os.environ)
+    metrics = tmp_path / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None and not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    err = process.communicate(timeout=120)[1]
+    if process.returncode != 0:  # it was quicker than the signal where it is 0
+        assert process.returncode == 143, err
+        assert "SIGTERM" in err and "Traceback" not in err
+        assert not (tmp_path / "adapter").exists()
+    again = run("classify", *TINY, "--save_every=0", "--peft=lora", "--learning_rate=1e-2", f"--workdir={tmp_path}")
+    assert again.status == 0, again.err
+    one, two = (load_file(d / "adapter" / "adapter.safetensors") for d in (trained, tmp_path))
+    assert one.keys() == two.keys() and all(np.array_equal(one[k], two[k]) for k in one)
+
+
+def test_another_recipe_in_the_same_folder_is_refused(trained: Path):
+    outcome = run("classify", *TINY, "--peft=lora", "--learning_rate=2e-2", f"--workdir={trained}")
+    refused(outcome, 4, "another run", "learning_rate")
+
+
+def test_merges_into_weights_that_predict_the_same(trained: Path, tmp_path: Path):
+    outcome = run("merge", f"--adapter={trained / 'adapter'}", f"--output={tmp_path / 'merged'}")
+    assert outcome.status == 0, outcome.err
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    weights = load_file(tmp_path / "merged" / "model.safetensors")
+    head = load_file(trained / "adapter" / "adapter.safetensors")["head/kernel"]
+    assert np.array_equal(weights["classifier.weight"], head.T)
+
+
+def test_what_is_no_change_of_weights_is_not_merged(tmp_path: Path):
+    run("classify", *TINY, "--peft=prompt:length=2", f"--workdir={tmp_path / 'run'}")
+    outcome = run("merge", f"--adapter={tmp_path / 'run' / 'adapter'}", f"--output={tmp_path / 'out'}")
+    refused(outcome, 4, "VirtualTokens", "can't be merged")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["--adapter=nowhere"], 4, ["nowhere", "no adapter"]),
+        (["--mode=predict"], 2, ["--adapter"]),
+        (["--model=smoke", "--data=vader/movies"], 3, ["vader/movies", "Did you mean 'vader/movie'?"]),
+        (["--model=smoke", "--data=missing.jsonl"], 3, ["missing.jsonl"]),
+        (["--model=minilm-l7"], 4, ["minilm-l7", "Did you mean 'minilm-l6'?"]),
+        ([*TINY, "--optimizer=adamv"], 2, ["adamv", "Did you mean"]),
+        ([*TINY, "--batch_size=4000"], 2, ["4000"]),
+        ([*TINY, "--micro_batches=5"], 2, ["micro_batches"]),
+        ([*TINY, "--peft=prompt:length=600"], 2, ["virtual tokens", "positions"]),
+        (["--steps=0"], 2, ["steps"]),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], status: int, words: list[str], tmp_path: Path):
+    refused(run("classify", *arguments, f"--workdir={tmp_path}"), status, *words)
+
+
+def test_a_broken_row_is_named_by_its_line(tmp_path: Path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "good", "label": "pos"}\n{"text": "bad", "label": \n')
+    refused(run("classify", "--model=smoke", f"--data={rows}", f"--workdir={tmp_path / 'w'}"), 3, f"{rows}:2")
+
+
+def test_a_damaged_adapter_and_another_base_are_refused(trained: Path, tmp_path: Path):
+    shutil.copytree(trained / "adapter", tmp_path / "cut")
+    weights = tmp_path / "cut" / "adapter.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-20])
+    refused(run("classify", f"--adapter={tmp_path / 'cut'}", "--data=smoke"), 4, "damaged")
+    shutil.copytree(trained / "adapter", tmp_path / "other")
+    meta = tmp_path / "other" / "adapter.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"base": {"name": "smoke", "fingerprint": "0" * 64}}))
+    refused(run("classify", f"--adapter={tmp_path / 'other'}", "--data=smoke"), 4, "trained on base", "000000000000")

@@ -1,0 +1,57 @@
+"""The commands that README and docs show: their flags exist, and the methods and models they name are there."""
+
+import re
+import shlex
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+from research.peft import registry
+from tests.experiments.script import run
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = sorted(
+    {line.strip() for page in PAGES for line in re.findall(r"python -m (experiments\.[^\n`#|<&]+)", page.read_text())}
+)
+
+
+def test_pages_show_commands():
+    assert len(COMMANDS) >= 6
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_flags_of_a_shown_command_exist(command: str):
+    name, *arguments = shlex.split(command)
+    outcome = run(name.removeprefix("experiments."), *arguments, "--only_check_args")
+    assert outcome.status == 0, outcome.err
+    for argument in arguments:
+        if argument.startswith("--peft="):
+            registry.parse(argument.removeprefix("--peft="))
+
+
+def test_every_method_is_in_the_readme():
+    readme = PAGES[0].read_text()
+    assert [name for name in registry.names() if f"`{name}`" not in readme] == []
+
+
+def test_the_readmes_table_of_methods_is_true():
+    rows = re.findall(r"^\| `(\w+)`.*\| *([^|]+?) *\|$", PAGES[0].read_text(), re.MULTILINE)
+    assert len(rows) == len(registry.names())
+    for name, printed in rows:
+        outcome = run("params", "--model=smollm2-135m", f"--peft={name}")
+        if printed.replace(",", "").isdigit() and int(printed.replace(",", "")):
+            assert f"trainable={printed.replace(',', '')} " in outcome.out, name
+        else:
+            assert outcome.status == 2, name
+
+
+@pytest.mark.slow
+@pytest.mark.assets
+def test_the_readmes_python_runs():
+    block = re.search(r"```python\n(.*?)```", PAGES[0].read_text(), re.DOTALL).group(1)
+    tokens = jnp.arange(6)[None]
+    names = {"tokens": tokens, "mask": jnp.ones_like(tokens)}
+    exec(block, names)
+    assert names["tree"].count(names["trainable"]) == 2_442_240

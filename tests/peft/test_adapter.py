@@ -1,0 +1,270 @@
+"""Adapter directories that are damaged, foreign or half-written."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from research.errors import ModelError
+from research.peft import adapter, tree
+from research.peft import method as peft
+from tests import tiny
+
+BASE = {"name": "tiny", "fingerprint": "f" * 64}
+SPEC = "lora:rank=2+bitfit"
+
+
+def write(directory, spec=SPEC, **changes):
+    case = tiny.case(spec, "encoder", **changes)
+    adapter.save(directory, spec, case.point, case.sites, BASE)
+    return case
+
+
+def attached(directory, case, fingerprint=BASE["fingerprint"], **options):
+    return adapter.attach(adapter.load(directory), case.variables["params"], case.sites, fingerprint, **options)
+
+
+def fails(directory, case, match, **options):
+    """Loading or attaching is one line of ModelError."""
+    with pytest.raises(ModelError, match=match) as caught:
+        attached(directory, case, **options)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).count("error") < 3
+
+
+def edit(directory, change):
+    leaves = load_file(directory / adapter.WEIGHTS)
+    save_file(change(leaves), directory / adapter.WEIGHTS)
+
+
+def describe(directory, **changes):
+    meta = json.loads((directory / adapter.META).read_text())
+    (directory / adapter.META).write_text(json.dumps({k: v for k, v in (meta | changes).items() if v is not ...}))
+
+
+def test_files_and_keys(tmp_path):
+    """Golden names: an adapter written today must load tomorrow."""
+    case = write(tmp_path / "a")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"], "nothing half-written is left beside it"
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["adapter.json", "adapter.safetensors"]
+    meta = json.loads((tmp_path / "a" / "adapter.json").read_text())
+    assert meta == {"format": 1, "spec": SPEC, "base": BASE, "trainable": tree.count(case.point, case.mask)}
+    leaves = load_file(tmp_path / "a" / "adapter.safetensors")
+    biases = [path for path in tree.paths(case.point["params"]) if path.endswith("/bias")]
+    expected = {f"peft/layers/attn/{site}/0_lora/{leaf}" for site in "qv" for leaf in ("a", "b", "scale")}
+    assert set(leaves) == expected | {f"params/{path}" for path in biases} | {"head/kernel", "head/bias"}
+
+
+def test_saved_bytes_are_about_what_trains(tmp_path):
+    case = tiny.case("full", "encoder")
+    size = adapter.save(tmp_path / "full", "full", case.point, case.sites, BASE)
+    assert size < 1.05 * tree.nbytes({k: case.point[k] for k in ("params", "head")}) + 4096
+    assert write(tmp_path / "small", "ia3") and os.path.getsize(tmp_path / "small" / adapter.WEIGHTS) < 4096
+
+
+def test_a_prefix_mlp_is_dropped(tmp_path):
+    case = write(tmp_path / "p", "prefix:length=3,hidden=8")
+    leaves = load_file(tmp_path / "p" / adapter.WEIGHTS)
+    added = {k for k in leaves if k.startswith("peft/")}
+    assert added == {"peft/layers/attn/kv/prefix/k", "peft/layers/attn/kv/prefix/v", "peft/embed/prompt/prefix/by"}
+    variables = attached(tmp_path / "p", case)
+    np.testing.assert_allclose(case.forward(variables), case.forward(case.point), atol=1e-5)
+    trained = tree.partition(variables, peft.mask(case.method, variables))[0]
+    assert set(tree.paths(trained["peft"])) == {k.removeprefix("peft/") for k in added if not k.endswith("by")}
+
+
+@pytest.mark.parametrize("layers", [2, 11])
+def test_a_prefix_is_the_same_scanned_and_unrolled(layers):
+    """layers_10 comes after layers_9; from shapes and the MLP alone, no model runs."""
+    from research.models.stack import unstack
+
+    cases = [tiny.case("prefix:length=3,hidden=8", "decoder", num_layers=layers, scan=scan) for scan in (True, False)]
+    added = {"params": {}, "peft": cases[0].variables["peft"]}
+    scanned, unrolled = (adapter.realised(case.method, added, case.sites)["peft"] for case in cases)
+    tiny.close(unstack(scanned), unrolled, 1e-6)
+
+
+def test_bf16_leaves_survive(tmp_path):
+    config = {"param_dtype": "bfloat16", "dtype": "bfloat16"}
+    case = write(tmp_path / "half", "bitfit", **config)
+    variables = attached(tmp_path / "half", case)
+    assert tiny.same(variables["params"], case.point["params"])
+    assert variables["params"]["layers"]["attn"]["q"]["bias"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("cut", [0, 4, 40, 400, -1])
+def test_a_truncated_file(tmp_path, cut):
+    case, file = write(tmp_path / "a"), tmp_path / "a" / adapter.WEIGHTS
+    file.write_bytes(file.read_bytes()[:cut])
+    fails(tmp_path / "a", case, "is damaged")
+
+
+@pytest.mark.parametrize("at", [0, 7, 8, 9, 60])
+def test_flipped_header_bytes(tmp_path, at):
+    case, file = write(tmp_path / "a"), tmp_path / "a" / adapter.WEIGHTS
+    data = bytearray(file.read_bytes())
+    data[at] ^= 0xFF
+    file.write_bytes(data)
+    fails(tmp_path / "a", case, "is damaged")
+
+
+def test_missing_files(tmp_path):
+    case = write(tmp_path / "a")
+    (tmp_path / "a" / adapter.WEIGHTS).unlink()
+    fails(tmp_path / "a", case, "is damaged.*adapter.safetensors")
+    fails(tmp_path / "nowhere", case, "no such directory")
+    (tmp_path / "empty").mkdir()
+    fails(tmp_path / "empty", case, "is empty")
+    (tmp_path / "empty" / "weights.bin").touch()
+    fails(tmp_path / "empty", case, "no adapter.json.*weights.bin")
+    (tmp_path / "file").touch()
+    fails(tmp_path / "file", case, "is no adapter")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"format": 1}', "\xff\xfe"])
+def test_broken_metadata(tmp_path, text):
+    case = write(tmp_path / "a")
+    (tmp_path / "a" / adapter.META).write_bytes(text.encode("latin-1"))
+    fails(tmp_path / "a", case, "damaged|format|can't be rebuilt")
+
+
+def test_metadata_of_another_time(tmp_path):
+    case = write(tmp_path / "a")
+    describe(tmp_path / "a", format=2)
+    fails(tmp_path / "a", case, "format 2; this version reads 1")
+    describe(tmp_path / "a", format=1, spec="lorra")
+    fails(tmp_path / "a", case, "Did you mean 'lora'")
+    describe(tmp_path / "a", spec=["lora"])
+    fails(tmp_path / "a", case, "can't be rebuilt")
+    describe(tmp_path / "a", spec=SPEC, base=...)
+    fails(tmp_path / "a", case, "trained on base")
+    describe(tmp_path / "a", base="tiny")
+    fails(tmp_path / "a", case, "trained on base|can't be rebuilt|damaged")
+
+
+def test_another_base_is_refused_unless_forced(tmp_path):
+    case = write(tmp_path / "a")
+    fails(
+        tmp_path / "a",
+        case,
+        "trained on base tiny \\(ffffffffffff\\), not on this one \\(eeeeeeeeeeee\\)",
+        fingerprint="e" * 64,
+    )
+    variables = attached(tmp_path / "a", case, "e" * 64, force=True)
+    assert tiny.same(variables["peft"], case.point["peft"])
+
+
+def test_leaves_that_do_not_fit(tmp_path):
+    case, path = write(tmp_path / "a"), tmp_path / "a"
+    key = "peft/layers/attn/q/0_lora/a"
+    edit(path, lambda x: {k: v for k, v in x.items() if k != key})
+    fails(path, case, f"1 missing: {key}")
+    edit(path, lambda x: x | {key: np.zeros((2, 32, 3), np.float32)})
+    fails(path, case, f"{key} is \\(2, 32, 3\\), expected \\(2, 32, 2\\)")
+    edit(path, lambda x: x | {key: np.zeros((2, 32, 2), np.float32), "peft/layers/attn/w/0_lora/a": np.zeros(3)})
+    fails(path, case, "1 unexpected: peft/layers/attn/w/0_lora/a")
+    edit(
+        path,
+        lambda x: {k.replace("attn/w", "attn/v") if "attn/w" in k else k: v for k, v in x.items() if "attn/w" not in k},
+    )
+    attached(path, case)
+    edit(path, lambda x: x | {"optimizer/step": np.zeros(1)})
+    fails(path, case, "1 unexpected: optimizer/step")
+
+
+def test_an_adapter_for_another_shape_of_model(tmp_path):
+    write(tmp_path / "a")
+    other = tiny.case(SPEC, "encoder", num_layers=3)
+    fails(tmp_path / "a", other, r"is \(2, .*expected \(3, ")
+    decoder = tiny.case("lora:rank=2", "decoder")
+    write(tmp_path / "b", "lora:rank=2", hidden_size=48)
+    fails(tmp_path / "b", decoder, "does not fit this model")
+
+
+@pytest.mark.parametrize("spec", ["full", "bitfit", "layernorm"])
+def test_attaching_leaves_the_base_alone(spec, tmp_path):
+    case = write(tmp_path / "a", spec)
+    before = jax.tree.map(np.array, case.variables["params"])
+    variables = attached(tmp_path / "a", case)
+    assert tiny.same(jax.tree.map(np.array, case.variables["params"]), before)
+    assert tiny.same(variables["params"], case.point["params"]) and not tiny.same(variables["params"], before)
+    for path, m in tree.paths(case.mask["params"]).items():
+        leaf, old = (tree.paths(p)[path] for p in (variables["params"], case.variables["params"]))
+        assert m or leaf is old, "what does not train is the base's own buffer"
+
+
+def test_saving_again_replaces(tmp_path):
+    case = write(tmp_path / "a", "lora:rank=2")
+    other = case.variables
+    adapter.save(tmp_path / "a", case.spec, other, case.sites, BASE)
+    assert tiny.same(attached(tmp_path / "a", case)["peft"], other["peft"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+    (tmp_path / "new").mkdir()
+    adapter.save(tmp_path / "new", case.spec, other, case.sites, BASE)
+    adapter.save(tmp_path / "deep" / "er" / "x", case.spec, other, case.sites, BASE)
+
+
+def test_a_foreign_directory_is_never_replaced(tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    with pytest.raises(ModelError, match="holds something else"):
+        write(tmp_path / "thesis")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ModelError, match="holds something else"):
+        write(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "x"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "thesis"]
+    assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
+
+
+def stop_at(where, error, target, monkeypatch):
+    """Makes one of the ways in which a save ends early happen."""
+
+    def stop(*_, **__):
+        raise error
+
+    if where == "weights":
+        monkeypatch.setattr("safetensors.numpy.save_file", stop)
+    elif where == "json":
+        monkeypatch.setattr("pathlib.Path.write_text", stop)
+    elif where == "rename":
+        real, calls = Path.rename, []
+
+        def rename(self, to):
+            calls.append(to)
+            return stop() if Path(to) == target and calls.count(to) == 1 else real(self, to)
+
+        monkeypatch.setattr("pathlib.Path.rename", rename)
+    else:  # for real: the writer in Rust meets the system's limit on a file's size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (512, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()], ids=str)
+@pytest.mark.parametrize("where", ["weights", "json", "rename", "limit"])
+def test_a_save_that_ends_early_leaves_the_old_adapter(where, error, tmp_path, monkeypatch):
+    case = write(tmp_path / "a", "lora:rank=2")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    stop_at(where, error, tmp_path / "a", monkeypatch)
+    expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) and where != "limit" else ModelError
+    try:
+        with pytest.raises(expected, match="disk full|cannot write" if expected is ModelError else None):
+            adapter.save(tmp_path / "a", case.spec, case.variables, case.sites, BASE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        monkeypatch.undo()
+    assert tiny.same(attached(tmp_path / "a", case)["peft"], case.point["peft"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a"], "nothing half-written is left"
+
+
+def test_a_copied_directory_loads_under_its_new_name(tmp_path):
+    case = write(tmp_path / "a", "lora:rank=2")
+    shutil.copytree(tmp_path / "a", tmp_path / "bert.layers.0")
+    assert tiny.same(attached(tmp_path / "bert.layers.0", case)["peft"], case.point["peft"])
