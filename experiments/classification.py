@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -9,16 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from research.convert.load import Pretrained
+from research.convert.load import Pretrained, load
 from research.data import text, tokenize
 from research.data.batches import Batches, eval_batches
-from research.errors import FlagError
+from research.errors import FlagError, ModelError
 from research.models.bert import BertConfig
+from research.nn.sites import EmbedNode
 from research.peft import adapter, registry, tree
 from research.peft import method as peft
-from research.peft.method import Method, Sites, Variables, fold
+from research.peft.method import Method, PyTree, Sites, Variables, fold
+from research.peft.prefix import Prefix
 from research.tasks import classify
-from research.train import optimizer, step
+from research.train import checkpoint, optimizer, step
 from research.train import state as states
 
 
@@ -53,6 +56,14 @@ class Data(NamedTuple):
     fingerprint: str
 
 
+def load_base(name: str, **options: Any) -> Pretrained:
+    """`load` for sentences. Raises ModelError for a model without a tokenizer."""
+    base = load(name, **options)
+    if base.tokenizer is None:
+        raise ModelError(f"{name} comes without a tokenizer, so it can't read sentences: its directory needs one.")
+    return base
+
+
 def load_data(source: str, tokenizer: Any, max_length: int) -> Data:
     """Loads and encodes a labelled source; its notes are printed."""
     splits = text.load(source)
@@ -80,7 +91,7 @@ class Run(NamedTuple):
 
 
 def start(base: Pretrained, spec: str, classes: int, recipe: Recipe, seeds: int | Sequence[int]) -> Run:
-    """Attaches the method and a head.
+    """Attaches the method and a head; `check` comes first.
 
     A sequence of seeds makes one program of as many runs: own adapters, heads, optimiser states and data order, one
     base.
@@ -91,15 +102,11 @@ def start(base: Pretrained, spec: str, classes: int, recipe: Recipe, seeds: int 
 
     @jax.jit
     def new(rng: jax.Array) -> Variables:
-        head = classify.init_head(
-            fold(rng, "head"), base.config.hidden_size, classes, bias=isinstance(base.config, BertConfig)
-        )
-        return {"peft": peft.init(method, fold(rng, "peft"), sites), "head": head}
+        return {"peft": peft.init(method, fold(rng, "peft"), sites), "head": head(base, classes, fold(rng, "head"))}
 
     runs = [{"params": base.params} | new(rng) for rng in rngs]
     if method.fit is not None:
         runs = [method.fit(fold(rng, "fit"), variables, None, None) for rng, variables in zip(rngs, runs, strict=True)]
-    check_length(base, runs[0], recipe.max_length)
     mask = peft.mask(method, runs[0])
 
     @jax.jit
@@ -135,16 +142,47 @@ def start(base: Pretrained, spec: str, classes: int, recipe: Recipe, seeds: int 
     )
 
 
-def check_length(base: Pretrained, variables: Variables, max_length: int) -> None:
-    """FlagError where rows and virtual tokens together outgrow the model's positions."""
-    limit = base.config.max_positions - getattr(base.config, "position_offset", 0)
-    here = tree.paths(variables.get("peft", {}).get("embed", {}).get("prompt", {}))
-    virtual = sum(x.shape[0] if x.ndim else int(x) for x in here.values())
-    if max_length + virtual > limit:
-        most = limit - virtual
+def head(base: Pretrained, classes: int, rng: jax.Array) -> dict[str, jax.Array]:
+    """A fresh head: kernel [D, C], and for an encoder bias [C]."""
+    return classify.init_head(rng, base.config.hidden_size, classes, bias=isinstance(base.config, BertConfig))
+
+
+def head_shapes(base: Pretrained, classes: int) -> PyTree:
+    """The shapes of `head`, for loading one."""
+    return jax.eval_shape(lambda: head(base, classes, jax.random.key(0)))
+
+
+def check(base: Pretrained, spec: str) -> PyTree:
+    """Whether a method can train on the model, from shapes alone. Returns the shapes of what the model would be
+    applied with, for `check_length`. FlagError where it does not apply.
+    """
+    method, sites = registry.parse(spec), peft.sites(base.model)
+    added = jax.eval_shape(lambda: peft.init(method, jax.random.key(0), sites))
+    if method.fit is None:  # else it may choose what trains
+        peft.mask(method, {"params": base.params, "peft": added, "head": head_shapes(base, 1)})
+    realise = lambda x: adapter.realised(method, {"params": base.params, "peft": x}, sites)["peft"]  # noqa: E731
+    return jax.eval_shape(realise, added)
+
+
+def check_length(base: Pretrained, added: PyTree, max_length: int) -> None:
+    """FlagError where rows and virtual tokens together outgrow the model's positions. `added`: realised, or shapes."""
+    nodes = tree.paths(added, is_leaf=peft.is_node).items()
+    prompts = [jax.eval_shape(lambda n: n.tokens(), n) for _, n in nodes if isinstance(n, EmbedNode)]
+    prefixes = {p.rpartition("/")[2]: n.k.shape[-3] for p, n in nodes if isinstance(n, Prefix)}  # one shift, L layers
+    virtual = sum(x.shape[0] for x in prompts if x is not None) + sum(prefixes.values())
+    most = base.config.max_positions - getattr(base.config, "position_offset", 0) - virtual
+    if max_length > most:
         raise FlagError(
-            f"max_length={max_length} and {virtual} virtual tokens exceed {limit} positions: at most {most}."
+            f"max_length={max_length} and {virtual} virtual tokens exceed {most + virtual} positions: "
+            + (f"at most max_length={most}." if most > 0 else "fewer virtual tokens are needed.")
         )
+
+
+def saved_identity(checkpoints: Path) -> dict[str, Any] | None:
+    """The identity of the run whose checkpoints these are; None where there is none."""
+    checkpointer = checkpoint.Checkpointer(checkpoints)
+    newest = checkpointer.latest_step()
+    return None if newest is None else checkpointer.meta(newest)["identity"]
 
 
 def batches(
@@ -167,10 +205,10 @@ def predictions(run: Run, state: states.TrainState, data: dict[str, np.ndarray],
 
 def counts(run: Run) -> tuple[int, int]:
     """(trainable, total) of base and added subtree, heads apart; for one run of several."""
-    several = run.state.step.ndim
+    several = run.state.step.ndim > 0
     variables = jax.eval_shape(lambda s: (states.take(s, 0) if several else s).variables(run.frozen), run.state)
     bare = {k: v for k, v in variables.items() if k != "head"}
-    return tree.count(bare, {k: run.mask[k] for k in bare}), peft.parameters(bare, run.sites)
+    return tree.count(bare, {k: run.mask[k] for k in bare}), peft.parameters(bare)
 
 
 def save_adapter(

@@ -12,7 +12,7 @@ metrics.jsonl, curve.png, checkpoints, adapter and result.json under --workdir.
 
 import json
 import sys
-from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,8 +20,21 @@ import jax.numpy as jnp
 from absl import flags
 
 from experiments import common
-from experiments.classification import Recipe, batches, check_length, counts, evaluator, load_data, save_adapter, start
-from research.convert.load import Pretrained, load
+from experiments.classification import (
+    Recipe,
+    batches,
+    check,
+    check_length,
+    counts,
+    evaluator,
+    head_shapes,
+    load_base,
+    load_data,
+    save_adapter,
+    saved_identity,
+    start,
+)
+from research.convert.load import Pretrained
 from research.data import tokenize
 from research.data.batches import eval_batches
 from research.errors import DataError, FlagError, ModelError
@@ -29,9 +42,14 @@ from research.peft import adapter as adapters
 from research.peft import method as peft
 from research.tasks import classify
 from research.train import checkpoint, loop, metrics, plot, step
+from research.train import state as states
 from research.train.lock import lock
 
-if __name__ == "__main__":
+DEFAULT_MODEL = "minilm-l6"
+
+
+def define_flags() -> None:
+    """Only where this is the script: other scripts' flags have the same names."""
     common.model_flags(None)
     flags.DEFINE_string("data", "vader/movie", "Packaged set, file with text and label columns, or hub id.")
     flags.DEFINE_string(
@@ -39,7 +57,7 @@ if __name__ == "__main__":
     )
     flags.DEFINE_float("learning_rate", 1e-3, "Peak learning rate.", lower_bound=0.0)
     common.recipe_flags(steps=300, batch_size=32, max_length=48)
-    flags.DEFINE_integer("seed", 0, "Of head, adapter, dropout and data order.")
+    flags.DEFINE_integer("seed", 0, "Of head, adapter, dropout and data order.", lower_bound=0, upper_bound=2**31 - 1)
     flags.DEFINE_integer(
         "eval_every", 100, "Steps between evaluations on the validation part; 0 for the end only.", lower_bound=0
     )
@@ -51,17 +69,18 @@ if __name__ == "__main__":
     flags.DEFINE_bool("force", False, "Load an adapter although it was trained on another base.")
     flags.DEFINE_string("workdir", "runs/classify", "Where everything is written.")
 
-DEFAULT_MODEL = "minilm-l6"
-
 
 def main() -> None:
     values = flags.FLAGS
-    mode = values.mode or ("evaluate" if values.adapter else "train")
+    given = values.adapter is not None
+    mode = values.mode or ("evaluate" if given else "train")
+    if given and not values.adapter.strip():
+        raise FlagError("--adapter is empty: it takes an adapter directory.")
     if mode == "train":
-        if values.adapter:
+        if given:
             raise FlagError("--adapter is for --mode=evaluate or --mode=predict; training starts from --peft.")
         return train(values)
-    if not values.adapter:
+    if not given:
         raise FlagError(f"--mode={mode} needs --adapter=DIRECTORY, such as {values.workdir}/adapter.")
     base, variables, loaded = restore(values)
     return predict(base, variables, loaded) if mode == "predict" else evaluate(base, variables, loaded, values.data)
@@ -70,9 +89,10 @@ def main() -> None:
 def train(values: Any) -> None:
     """Trains, evaluates, saves the adapter."""
     recipe = Recipe(**common.flag_values(*Recipe.__dataclass_fields__))
-    workdir = common.start_workdir(values.workdir)
+    workdir = Path(values.workdir).expanduser()
     with lock(workdir):
-        base = load(values.model or DEFAULT_MODEL, dtype=values.dtype, remat=values.remat)
+        base = load_base(values.model or DEFAULT_MODEL, dtype=values.dtype, remat=values.remat)
+        check_length(base, check(base, values.peft), recipe.max_length)
         data = load_data(values.data, base.tokenizer, recipe.max_length)
         run = start(base, values.peft, len(data.class_names), recipe, values.seed)
         trainable, total = counts(run)
@@ -80,17 +100,19 @@ def train(values: Any) -> None:
             f"{base.name}, {values.peft}: {trainable:,} of {total:,} parameters train "
             f"({100 * trainable / total:.3f} %), and a head"
         )
+        identity = {
+            "base": base.fingerprint, "data": data.fingerprint, "peft": values.peft, "seed": values.seed,
+            "recipe": common.jsonable(recipe), "dtype": values.dtype,
+        }  # fmt: skip
+        common.refuse_other(saved_identity(workdir / "checkpoints") or identity, identity, f"{workdir} holds a run")
         validate, batch = evaluator(run, data.validation), batches(data.train, recipe, values.seed)
+        common.write_config(workdir)
         print("compiling ...", flush=True)
         result = loop.fit(
             step.compile(run.step, run.state, run.frozen, batch(0)), run.state, run.frozen, batch,
             steps=recipe.steps, evaluate=validate, eval_every=values.eval_every,
             checkpointer=checkpoint.Checkpointer(workdir / "checkpoints"), save_every=values.save_every,
-            identity={
-                "base": base.fingerprint, "data": data.fingerprint, "peft": values.peft, "seed": values.seed,
-                "recipe": common.jsonable(recipe), "dtype": values.dtype,
-            },
-            writer=metrics.Writer(workdir / "metrics.jsonl"), label="classify",
+            identity=identity, writer=metrics.Writer(workdir / "metrics.jsonl"), label="classify",
         )  # fmt: skip
         scores = evaluator(run, data.test)(result.state)
         size = save_adapter(
@@ -104,10 +126,10 @@ def train(values: Any) -> None:
             seed=values.seed,
             accuracy=scores["accuracy"],
         )
-        plot.curve(workdir / "metrics.jsonl", workdir / "curve.png")
         common.write_json(
             workdir / "result.json", {"test": scores, "trainable": trainable, "total": total, "seconds": result.seconds}
         )
+        plot.curve(workdir / "metrics.jsonl", workdir / "curve.png")
     print(f"test accuracy {scores['accuracy']:.4f}, loss {scores['loss']:.4f} over {int(scores['weight'])} sentences")
     print(f"adapter: {workdir / 'adapter'} ({size:,} bytes)")
 
@@ -117,9 +139,10 @@ def restore(values: Any) -> tuple[Pretrained, dict, adapters.Adapter]:
     loaded = adapters.load(values.adapter)
     if loaded.meta.get("task") != "classify":
         raise ModelError(f"adapter {values.adapter} is for task {loaded.meta.get('task')!r}, not 'classify'.")
-    base = load(values.model or loaded.meta["base"]["name"], dtype=values.dtype)
-    variables = adapters.attach(loaded, base.params, peft.sites(base.model), base.fingerprint, values.force)
-    check_length(base, variables, loaded.meta["max_length"])
+    base = load_base(values.model or loaded.meta["base"]["name"], dtype=values.dtype)
+    head = head_shapes(base, len(loaded.meta["classes"]))
+    variables = adapters.attach(loaded, base.params, peft.sites(base.model), base.fingerprint, values.force, head)
+    check_length(base, variables["peft"], loaded.meta["max_length"])
     return base, variables, loaded
 
 
@@ -131,8 +154,9 @@ def evaluate(base: Pretrained, variables: dict, loaded: adapters.Adapter, source
             f"{source} has classes {', '.join(data.class_names)}; "
             f"the adapter knows {', '.join(loaded.meta['classes'])}."
         )
-    whole, holes = SimpleNamespace(trainable=variables, extra=None), jax.tree.map(lambda _: None, variables)
-    scores = step.make_eval(classify.loss(base.model))(whole, holes, eval_batches(data.test, 64))
+    trainable, extra, frozen = states.split(variables, peft.mask(loaded.method, variables))
+    state = states.TrainState(jnp.zeros((), jnp.int32), trainable, extra, (), jax.random.key(0))
+    scores = step.make_eval(classify.loss(base.model))(state, frozen, eval_batches(data.test, 64))
     print(f"test accuracy {scores['accuracy']:.4f}, loss {scores['loss']:.4f} over {int(scores['weight'])} sentences")
 
 
@@ -159,16 +183,25 @@ def predict(base: Pretrained, variables: dict, loaded: adapters.Adapter, rows: i
             )
 
     waiting: list[str] = []
-    for number, line in enumerate(sys.stdin, 1):
-        if not line.strip():
-            raise DataError(f"stdin:{number}: an empty line has no label.")
-        waiting.append(line.strip())
-        if len(waiting) == rows:
+    number = 0
+    for number, line in enumerate(sys.stdin.buffer, 1):  # bytes: an error is of this line, and of no block around it
+        try:
+            text, fault = line.decode().strip(), "an empty line has no label"
+        except UnicodeDecodeError:
+            text, fault = "", "the line is not UTF-8"
+        if text:
+            waiting.append(text)
+        if waiting and (not text or len(waiting) == rows):
             flush(waiting)
             waiting = []
+        if not text:
+            raise DataError(f"stdin:{number}: {fault}.")
     if waiting:
         flush(waiting)
+    if not number:
+        raise DataError("no line on stdin: it takes one sentence a line.")
 
 
 if __name__ == "__main__":
+    define_flags()
     common.run(main)

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import math
 import os
 import platform
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,7 +15,7 @@ from typing import Any
 
 from absl import app, flags
 
-from research.errors import UserError
+from research.errors import DataError, FlagError, UserError
 from research.files import write_text
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would announce that torch is missing: torch is not wanted
@@ -22,9 +24,9 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers"
 
 def run(main: Callable[[], Any]) -> None:
     """Parses the flags and runs `main`. A user's error is one line on stderr and an exit status: 2 flags, 3 data, 4
-    models, adapters, checkpoints.
+    models, adapters, checkpoints, and whatever the system refuses.
 
-    Anything else is our bug and keeps its traceback. Ctrl-C exits with 130.
+    Anything else is our bug and keeps its traceback. Ctrl-C exits with 130, SIGTERM with 143; `loop.fit` saves first.
     """
 
     def parse(argv: list[str]) -> list[str]:
@@ -39,6 +41,7 @@ def run(main: Callable[[], Any]) -> None:
         return rest
 
     def guarded(_: list[str]) -> None:
+        before = signal.signal(signal.SIGTERM, _terminate)
         try:
             main()
         except UserError as error:
@@ -48,11 +51,16 @@ def run(main: Callable[[], Any]) -> None:
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has left: so do we, quietly
         except OSError as error:
-            if error.filename is None:
-                raise
-            _fail(f"{error.filename}: {error.strerror}.", 4)
+            where = "" if error.filename is None else f"{error.filename}: "
+            _fail(f"{where}{error.strerror or str(error) or type(error).__name__}.", 4)
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     app.run(guarded, flags_parser=parse)
+
+
+def _terminate(*_: Any) -> None:
+    sys.exit(143)
 
 
 def _fail(text: str, status: int) -> None:
@@ -87,8 +95,57 @@ def flag_values(*names: str) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file atomically."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n")
+    """Writes a JSON file atomically; what JSON has no number for becomes null."""
+    write_text(path, json.dumps(finite(value), indent=1, ensure_ascii=False, allow_nan=False, default=str) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """JSON values with None for NaN and infinities."""
+    if isinstance(value, dict):
+        return {key: finite(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_json(path: Path, **keys: Any) -> dict[str, Any]:
+    """Reads a JSON object in which each of `keys` has a value of its type. Raises DataError."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}.") from None
+    except ValueError as error:
+        raise DataError(f"{path} is damaged: {error}.") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{path} is damaged: it holds {json.dumps(found)[:40]}, not an object.")
+    check_keys(found, keys, path)
+    return found
+
+
+def check_keys(found: dict[str, Any], keys: dict[str, Any], where: str | Path) -> None:
+    """DataError where a value is missing or not of its type."""
+    if bad := [key for key, kind in keys.items() if not isinstance(found.get(key), kind)]:
+        raise DataError(f"{where} is damaged: it has no valid {', '.join(map(repr, bad))}.")
+
+
+def differences(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """What differs between two nested dicts: "steps=300, not 60; data=1fd52bdfa359, not a390b801f828"."""
+
+    def flat(value: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for key, x in value.items() for k, v in (flat(x) if isinstance(x, dict) else {key: x}).items()}
+
+    def short(value: Any) -> str:
+        return value[:12] if isinstance(value, str) and len(value) > 60 else str(value)  # a fingerprint
+
+    found, wanted = flat(found), flat(wanted)
+    names = [name for name in wanted | found if found.get(name) != wanted.get(name)]
+    return "; ".join(f"{name}={short(found.get(name))}, not {short(wanted.get(name))}" for name in names)
+
+
+def refuse_other(found: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
+    """FlagError naming the settings in which `what`, made before, differs from what is asked for."""
+    if found != wanted:
+        raise FlagError(f"{what} with {differences(found, wanted)}: give another --workdir.")
 
 
 def environment() -> dict[str, Any]:
@@ -102,24 +159,27 @@ def environment() -> dict[str, Any]:
 
     import jax
 
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    try:
+        here = Path(__file__).parent
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here).stdout.strip()
+    except OSError:  # there is no git
+        git = ""
     return {
         "versions": {"python": platform.python_version()} | {p: installed(p) for p in PACKAGES},
         "backend": jax.default_backend(),
         "devices": jax.device_count(),
         "cores": os.cpu_count(),
-        "revision": git.stdout.strip() or None,
+        "revision": git or None,
     }
 
 
-def start_workdir(workdir: str | Path) -> Path:
-    """Makes the run's folder and writes config.json: every flag of the script, the command line and the environment."""
-    path = Path(workdir)
-    path.mkdir(parents=True, exist_ok=True)
+def write_config(workdir: Path) -> None:
+    """Writes config.json: every flag of the script, the command line and the environment. Call it under the lock, and
+    only when nothing in the folder speaks against the run: an earlier run's config.json stays true to its results.
+    """
     own = flags.FLAGS.flags_by_module_dict()
     values = {f.name: f.value for module in (sys.argv[0], "experiments.common") for f in own.get(module, [])}
-    write_json(path / "config.json", {"command": ["python", "-m", *_command()], "flags": values} | environment())
-    return path
+    write_json(workdir / "config.json", {"command": ["python", "-m", *_command()], "flags": values} | environment())
 
 
 def _command() -> list[str]:

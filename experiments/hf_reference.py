@@ -14,25 +14,23 @@ each, the one with the best validation accuracy stays, and the other seeds run w
 written after each run; a second call goes on with the runs that are missing.
 """
 
-import csv
 import importlib.metadata
-import io
-import json
 import math
 import platform
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 from absl import flags
 
 from experiments import common
+from experiments.hf_runs import complete, numbers
 from research.data import assets, text, tokenize
 from research.data.batches import Batches, eval_batches
 from research.errors import DataError, FlagError, did_you_mean
-from research.files import write_text
+from research.train.lock import lock
 
 MODEL, DATA = "minilm-l6", "vader/movie"
 INSTALL = next(line.strip() for line in __doc__.splitlines() if "pip install" in line)
@@ -45,18 +43,6 @@ RATES = {  # tried when --learning_rates is empty
 }
 WARMUP, WEIGHT_DECAY, CLIP = 0.06, 0.01, 1.0
 EVAL_ROWS = 128  # a forward pass at evaluation
-COLUMNS = ("method", "learning_rate", "tried", "seeds", "accuracies", "mean", "std", "validation", "trainable", "head")
-COLUMNS += (
-    "seconds_per_step",
-    "steps",
-    "batch_size",
-    "max_length",
-    "threads",
-    "python",
-    "torch",
-    "peft",
-    "transformers",
-)
 
 
 def build(method: str, seed: int):
@@ -227,85 +213,6 @@ def load_parts(max_length: int) -> tuple[dict[str, dict[str, np.ndarray]], dict[
     return arrays, {part: examples.fingerprint for part, examples in found.items()}
 
 
-def best_rate(runs: Sequence[Mapping], method: str, rates: Sequence[float], seed: int) -> float | None:
-    """Returns the rate of `seed`'s run with the best validation accuracy (the lower rate of equals).
-
-    None while a rate has not been tried. A single rate needs no trial.
-    """
-    if len(rates) == 1:
-        return rates[0]
-    tried = {r["learning_rate"]: r["validation"] for r in runs if r["method"] == method and r["seed"] == seed}
-    if any(rate not in tried for rate in rates):
-        return None
-    return max(sorted(rates), key=lambda rate: tried[rate])
-
-
-def missing(
-    runs: Sequence[Mapping], method: str, rates: Sequence[float], seeds: Sequence[int]
-) -> tuple[float, int] | None:
-    """Returns the next (rate, seed) to run for a method, or None when it is complete."""
-    done = {(r["learning_rate"], r["seed"]) for r in runs if r["method"] == method}
-    rate = best_rate(runs, method, rates, seeds[0])
-    wanted = [(each, seeds[0]) for each in rates] if rate is None else [(rate, seed) for seed in seeds]
-    return next((pair for pair in wanted if pair not in done), None)
-
-
-def summary(
-    runs: Sequence[Mapping], methods: Sequence[str], rates: Mapping[str, Sequence[float]], seeds: Sequence[int]
-) -> list[dict]:
-    """Returns a row for every method that has test accuracies at its chosen rate. std is the sample's (n - 1)."""
-    rows = []
-    for method in methods:
-        rate = best_rate(runs, method, rates[method], seeds[0])
-        chosen = [r for r in runs if r["method"] == method and r["learning_rate"] == rate and r["seed"] in seeds]
-        if not chosen:
-            continue
-        accuracies = [r["test"] for r in chosen]
-        rows.append(
-            {
-                "method": method,
-                "learning_rate": rate,
-                "tried": " ".join(f"{each:g}" for each in rates[method]),
-                "seeds": " ".join(str(r["seed"]) for r in chosen),
-                "accuracies": " ".join(f"{each:.4f}" for each in accuracies),
-                "mean": round(statistics.mean(accuracies), 4),
-                "std": round(statistics.stdev(accuracies), 4) if len(accuracies) > 1 else "",
-                "validation": round(statistics.mean(r["validation"] for r in chosen), 4),
-                "trainable": chosen[0]["trainable"],
-                "head": chosen[0]["head"],
-                "seconds_per_step": round(statistics.median(r["seconds_per_step"] for r in chosen), 3),
-            }
-        )
-    return rows
-
-
-def save(workdir: Path, settings: Mapping, runs: Sequence[Mapping], rows: Sequence[Mapping]) -> None:
-    """Writes results.json and results.csv, each atomically."""
-    common.write_json(workdir / "results.json", {"settings": settings, "summary": rows, "runs": runs})
-    table = io.StringIO()
-    writer = csv.DictWriter(table, COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**settings, **settings["versions"], **row} for row in rows)
-    write_text(workdir / "results.csv", table.getvalue())
-
-
-def resume(workdir: Path, settings: Mapping) -> list[dict]:
-    """Returns the runs of an earlier call, if any. Raises FlagError when they were made with other settings."""
-    path = workdir / "results.json"
-    if not path.is_file():
-        return []
-    try:
-        found = json.loads(path.read_text())
-        earlier, runs = found["settings"], found["runs"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path} is not a results file of this script: {error}") from error
-    changed = [name for name in settings if earlier.get(name) != settings[name]]
-    if changed:
-        name = changed[0]
-        raise FlagError(f"{path} has {name}={earlier.get(name)}, not {settings[name]}: give another --workdir")
-    return runs
-
-
 def versions() -> dict[str, str]:
     """Versions of what the figures depend on. Raises FlagError when a package is absent."""
     try:
@@ -328,7 +235,7 @@ def time_step(steps: int = 20, warmup: int = 3) -> float:
 
 
 def define_flags() -> None:
-    """Here rather than at import, so that tests can import several scripts whose flags share names."""
+    """Only where this is the script: other scripts' flags have the same names."""
     flags.DEFINE_list("methods", ["full", "lora", "houlsby"], f"Methods, in order: {', '.join(RATES)}.")
     flags.DEFINE_list(
         "learning_rates", [], "Rates to try with the first seed, for every method. Default: each method's own."
@@ -340,17 +247,6 @@ def define_flags() -> None:
     flags.DEFINE_integer("threads", 2, "Torch's threads.", lower_bound=1)
     flags.DEFINE_string("workdir", "hf_reference", "Folder of results.json and results.csv.")
     flags.DEFINE_bool("time_only", False, "Print the median seconds of a LoRA step (32 rows of 48 tokens) and stop.")
-
-
-def numbers(name: str, values: Sequence[str], kind: type) -> list:
-    """Parses a flag's list. Raises FlagError for what is no finite number of `kind`, 0 or more, or occurs twice."""
-    try:
-        found = [kind(value) for value in values]
-    except ValueError as error:
-        raise FlagError(f"--{name}: {error}") from error
-    if any(not 0 <= value < math.inf for value in found) or len(set(found)) < len(found):
-        raise FlagError(f"--{name}={','.join(values)}: expected distinct finite numbers, 0 or more")
-    return found
 
 
 def execute(args) -> None:
@@ -381,23 +277,8 @@ def execute(args) -> None:
     settings |= {"model": MODEL, "data": DATA, "rows": {part: len(leaf["labels"]) for part, leaf in parts.items()}}
     settings |= {"fingerprints": fingerprints, "versions": found}
     workdir = Path(args.workdir).expanduser()
-    workdir.mkdir(parents=True, exist_ok=True)
-    runs = resume(workdir, settings)
-    for method in args.methods:
-        while pair := missing(runs, method, rates[method], seeds):
-            record = run(method, *pair, parts, settings)
-            runs.append(record)
-            save(workdir, settings, runs, summary(runs, args.methods, rates, seeds))
-            print(
-                f"{method} rate {pair[0]:g} seed {pair[1]}: validation {record['validation']:.4f}, "
-                f"test {record['test']:.4f}, {record['seconds_per_step']:.3f} s/step, {record['seconds']:.0f} s",
-                flush=True,
-            )
-    rows = summary(runs, args.methods, rates, seeds)
-    save(workdir, settings, runs, rows)
-    for row in rows:
-        accuracy = f"{row['mean']} ± {row['std'] or '-'} ({row['accuracies']})"
-        print(f"{row['method']}: test {accuracy} at rate {row['learning_rate']:g}")
+    with lock(workdir):
+        complete(workdir, settings, rates, seeds, lambda *chosen: run(*chosen, parts, settings))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import numpy as np
 from absl import flags
 
 from experiments import common
+from experiments.classification import head_shapes
 from research.convert.export import export_hf
 from research.convert.load import load
 from research.errors import ModelError
@@ -20,7 +21,11 @@ from research.peft import adapter as adapters
 from research.peft import method as peft
 from research.peft.merge import merge
 
-if __name__ == "__main__":
+TOLERANCE = 1e-4  # of hidden states of order one, in fp32
+
+
+def define_flags() -> None:
+    """Only where this is the script: other scripts' flags have the same names."""
     flags.DEFINE_string("adapter", None, "Adapter directory.", required=True)
     flags.DEFINE_string(
         "output", None, "Directory to write; it must not exist, or hold an earlier export.", required=True
@@ -28,15 +33,14 @@ if __name__ == "__main__":
     flags.DEFINE_string("model", None, "The base, where it is not the one that the adapter names.")
     flags.DEFINE_bool("force", False, "Merge although the adapter was trained on another base.")
 
-TOLERANCE = 1e-4  # of hidden states of order one, in fp32
-
 
 def main() -> None:
     values = flags.FLAGS
     loaded = adapters.load(values.adapter)
     base = load(values.model or loaded.meta["base"]["name"])
-    variables = adapters.attach(loaded, base.params, peft.sites(base.model), base.fingerprint, values.force)
-    merged = merge(loaded.method, variables)
+    head = head_shapes(base, len(loaded.meta["classes"])) if loaded.meta.get("task") == "classify" else None
+    variables = adapters.attach(loaded, base.params, peft.sites(base.model), base.fingerprint, values.force, head)
+    merged = merge(variables)
     difference, effect = compare(base.model, variables, merged, base.params)
     print(f"merged = base + adapter within {difference:.1e}; the adapter moves the hidden states by up to {effect:.1e}")
     if not difference <= TOLERANCE * max(1.0, effect):
@@ -61,4 +65,5 @@ def compare(model, variables: dict, merged: dict, params: dict) -> tuple[float, 
 
 
 if __name__ == "__main__":
+    define_flags()
     common.run(main)

@@ -19,7 +19,9 @@ from research.models.registry import PRESETS, build
 from research.peft import method as peft
 from research.peft import registry, tree
 
-if __name__ == "__main__":
+
+def define_flags() -> None:
+    """Only where this is the script: other scripts' flags have the same names."""
     flags.DEFINE_string(
         "model", "bert-base", "Preset, packaged name, directory of Hugging Face files, .gguf file or hub id."
     )
@@ -40,7 +42,7 @@ def main() -> None:
     if values.tree:
         print_tree(variables, mask)
     by_part = {name: tree.count(variables[name], mask[name]) for name in variables}
-    trainable, total = sum(by_part.values()), peft.parameters(variables, sites)
+    trainable, total = sum(by_part.values()), peft.parameters(variables)
     print(f"{values.model}  {values.peft}")
     print(f"  base {tree.count(variables['params']):,} parameters, of which {by_part['params']:,} train")
     print(f"  added {total - tree.count(variables['params']):,}, of which {by_part['peft']:,} train")
@@ -71,4 +73,5 @@ def print_tree(variables: dict, mask: dict) -> None:
 
 
 if __name__ == "__main__":
+    define_flags()
     common.run(main)

@@ -8,59 +8,50 @@
 Differs from `classify`, which trains one method once and keeps its adapter for use. All seeds of a method are one
 compiled program: adapters, heads and optimiser states have a leading axis and the base is shared. An interrupted table
 goes on where it was: finished methods are read from `methods/NAME/result.json`, a begun one resumes from its
-checkpoint. Writes config.json, table.md, table.csv, table.png, and for each method result.json, metrics.jsonl,
-curve.png and adapters.
+checkpoint, and other settings need another --workdir. Writes config.json, table.md, table.csv, table.png, and for each
+method result.json, metrics.jsonl, curve.png and adapters.
 """
 
-import json
 import os
-import re
 import shutil
 import statistics
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import flags
 
-from experiments import common, table
+from experiments import common, entries, table
 from experiments.classification import (
     Data,
     Recipe,
+    Run,
     batches,
     counts,
     evaluator,
+    load_base,
     load_data,
     predictions,
     save_adapter,
     start,
 )
-from research.convert.load import Pretrained, load
-from research.errors import DataError, FlagError
-from research.peft import registry
+from experiments.entries import Entry
+from experiments.table import Row
+from research.convert.load import Pretrained
+from research.errors import FlagError, ModelError
 from research.train import checkpoint, loop, metrics, plot, state, step
 from research.train.lock import lock
 
-# Method: (specification, peak learning rate). The rates were chosen on the validation tenth (docs/experiments.md).
-ROWS = {
-    "full": ("full", 1e-4),
-    "linear_probe": ("linear_probe", 1e-2),
-    "bitfit": ("bitfit", 3e-3),
-    "layernorm": ("layernorm", 3e-3),
-    "prompt": ("prompt:length=20", 3e-2),
-    "prefix": ("prefix:length=10,hidden=128", 3e-3),
-    "ptuning_v2": ("ptuning_v2:length=10", 1e-2),
-    "ia3": ("ia3", 1e-2),
-    "lora": ("lora:rank=8", 2e-3),
-    "pfeiffer": ("pfeiffer:width=64", 1e-3),
-    "houlsby": ("houlsby:width=64", 1e-3),
-}
 PRESETS = {
     "quick": {"steps": 60, "batch_size": 16, "max_length": 32},
     "published": {"steps": 300, "batch_size": 32, "max_length": 48},
 }
-if __name__ == "__main__":
+SMOKE = {"steps": 20, "batch_size": 16, "max_length": 16}
+
+
+def define_flags() -> None:
+    """Only where this is the script: other scripts' flags have the same names."""
     common.model_flags("minilm-l6")
     flags.DEFINE_string("data", "vader/movie", "Packaged set, file with text and label columns, or hub id.")
     flags.DEFINE_string("methods", "all", "Names, or specifications apart by semicolons, each with an optional @rate.")
@@ -73,69 +64,55 @@ if __name__ == "__main__":
         "Learning rates a factor of 3 apart to try by validation accuracy of seed 0; 0 for none.",
         lower_bound=0,
     )
+    flags.DEFINE_bool("retime", False, "Time the steps of finished methods again, where the machine was busy before.")
     flags.DEFINE_bool(
         "smoke", False, "A tiny random model on 200 bundled sentences: shows that everything works, and nothing else."
     )
-    flags.DEFINE_string("workdir", "runs/peft_table", "Where everything is written.")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One row to fill."""
-
-    name: str
-    spec: str
-    rate: float
-
-
-def entries(methods: str) -> list[Entry]:
-    """Parses --methods. FlagError names the nearest method."""
-    if methods.strip() == "all":
-        return [Entry(name, spec, rate) for name, (spec, rate) in ROWS.items()]
-    found = []
-    for item in re.split(";" if re.search("[;:]", methods) else ",", methods):
-        spec, _, rate = item.strip().partition("@")
-        known = ROWS.get(spec, (spec, 1e-3))
-        registry.parse(known[0])
-        try:
-            found.append(Entry(spec, known[0], float(rate) if rate else known[1]))
-        except ValueError:
-            raise FlagError(f"--methods: {rate!r} is no learning rate. Valid: {spec}@1e-3.") from None
-    if len({e.name for e in found}) < len(found):
-        raise FlagError("--methods names a method twice.")
-    return found
+    flags.DEFINE_string(
+        "workdir", None, "Where everything is written. Default: runs/peft_table, -published or -smoke added for those."
+    )
 
 
 def main() -> None:
     values = flags.FLAGS
-    preset = PRESETS[values.preset] | ({"steps": 20, "batch_size": 16, "max_length": 16} if values.smoke else {})
-    for name, default in preset.items():
-        values[name].value = default if values[name].value is None else values[name].value
-    todo = entries(values.methods)
+    model, source, recipe, workdir = settings(values)
+    todo = entries.parse(values.methods)
     if values.smoke:  # nothing here is worth an optimising compiler's time; XLA reads this when its backend starts
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-    model, source = ("smoke", "smoke") if values.smoke else (values.model, values.data)
-    recipe = Recipe(
-        learning_rate=0.0, **common.flag_values(*(f for f in Recipe.__dataclass_fields__ if f != "learning_rate"))
-    )
-    workdir = common.start_workdir(
-        values.workdir + ("-smoke" if values.smoke and values["workdir"].using_default_value else "")
-    )
     with lock(workdir):
-        base = load(model, dtype=values.dtype, remat=values.remat)
+        base = load_base(model, dtype=values.dtype, remat=values.remat)
+        todo = entries.applicable(todo, base, recipe.max_length, skip=values.methods.strip() == "all")
         data = load_data(source, base.tokenizer, recipe.max_length)
         sizes = ", ".join(f"{len(getattr(data, part)['labels'])} {part}" for part in ("train", "validation", "test"))
         print(f"{model} on {source}: {sizes} sentences, {len(data.class_names)} classes")
         heading = title(model, source, recipe, values.seeds, values.smoke, len(data.test["labels"]))
+        same = {"tune": values.tune, "seeds": values.seeds, "dtype": base.config.dtype, "base": base.fingerprint}
+        same |= {"data": data.fingerprint, "recipe": common.jsonable(recipe)}
+        places = {e: workdir / "methods" / e.folder for e in todo}
+        identities = {e: {"spec": e.spec, "rate": e.rate} | same for e in todo}
+        for entry in todo:
+            entries.finished(places[entry], identities[entry])  # all are asked before one trains
+        common.write_config(workdir)
         rows = []
         for place, entry in enumerate(todo, 1):
             print(f"[{place}/{len(todo)}] {entry.name}", flush=True)
-            rows.append(
-                row(entry, base, data, recipe, values.seeds, values.tune, workdir / "methods" / folder(entry.name))
-            )
+            rows.append(row(entry, base, data, recipe, identities[entry], values.retime, places[entry]))
             table.write(rows, workdir, heading)
-    print((workdir / "table.md").read_text())
+    print((workdir / "table.md").read_text(encoding="utf-8"))
     print(f"table.md, table.csv and table.png are in {workdir}")
+
+
+def settings(values: Any) -> tuple[str, str, Recipe, Path]:
+    """Model, data, recipe without a rate, and folder, of the flags and what --preset and --smoke put in their place."""
+    own = [name for name in ("model", "data") if not values[name].using_default_value]
+    if values.smoke and own:
+        raise FlagError(f"--smoke has its own model and sentences: leave out --{own[0]}.")
+    defaults = SMOKE if values.smoke else PRESETS[values.preset]
+    given = common.flag_values(*(f for f in Recipe.__dataclass_fields__ if f != "learning_rate"))
+    recipe = Recipe(learning_rate=0.0, **{k: defaults.get(k) if v is None else v for k, v in given.items()})
+    kind = "-smoke" if values.smoke else "" if values.preset == "quick" else f"-{values.preset}"
+    workdir = Path(f"runs/peft_table{kind}" if values.workdir is None else values.workdir).expanduser()
+    return *(("smoke", "smoke") if values.smoke else (values.model, values.data)), recipe, workdir
 
 
 def title(model: str, source: str, recipe: Recipe, seeds: int, smoke: bool, sentences: int) -> str:
@@ -150,62 +127,58 @@ def title(model: str, source: str, recipe: Recipe, seeds: int, smoke: bool, sent
     return text + (quick if recipe.steps < 200 else "")
 
 
-def folder(name: str) -> str:
-    """A file name for a specification."""
-    return re.sub(r"[^\w.=+-]+", "_", name)
-
-
 def row(
-    entry: Entry, base: Pretrained, data: Data, recipe: Recipe, seeds: int, tune: int, where: Path
-) -> dict[str, Any]:
+    entry: Entry, base: Pretrained, data: Data, recipe: Recipe, identity: dict[str, Any], retime: bool, where: Path
+) -> Row:
     """One method's row: read from its folder if it is finished, else trained."""
-    identity = {"spec": entry.spec, "rate": entry.rate, "tune": tune, "seeds": seeds, "dtype": base.config.dtype}
-    identity |= {"base": base.fingerprint, "data": data.fingerprint, "recipe": common.jsonable(recipe)}
-    done = read_result(where / "result.json")
-    if done.get("identity") == identity:
+    seeds = list(range(identity["seeds"]))
+    if done := entries.finished(where, identity):
         print(f"  finished before: accuracy {100 * done['row']['accuracy']:.1f}")
+        if retime:
+            done["row"] |= common.finite(timing(entry, base, data, recipe, seeds))
+            common.write_json(where / "result.json", done | {"retimed": True})
         return done["row"]
-    if done:
-        shutil.rmtree(where)  # of other settings: nothing of it can be gone on with
-    rate = entry.rate if not tune else tuned(entry, base, data, recipe, tune, where / "tune")
-    result = train(replace(entry, rate=rate), base, data, recipe, list(range(seeds)), where, identity)
+    if identity["tune"]:
+        entry = replace(entry, rate=tuned(entry, base, data, recipe, identity, where / "tune"))
+    result = common.finite(train(entry, base, data, recipe, seeds, where, identity))
     common.write_json(where / "result.json", {"identity": identity, "row": result})
     shutil.rmtree(where / "checkpoints", ignore_errors=True)
+    plot.curve(where / "metrics.jsonl", where / "curve.png")
     return result
 
 
-def read_result(path: Path) -> dict[str, Any]:
-    """A finished row, or {}."""
-    try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
-        raise DataError(f"{path} is damaged ({error}): delete it to compute this row again.") from None
-
-
-def tuned(entry: Entry, base: Pretrained, data: Data, recipe: Recipe, tries: int, where: Path) -> float:
-    """The rate with the best validation accuracy of seed 0 among `tries` rates a factor of 3 apart around the entry's
-    own.
+def tuned(entry: Entry, base: Pretrained, data: Data, recipe: Recipe, identity: dict[str, Any], where: Path) -> float:
+    """The rate with the best validation accuracy of seed 0 among `tune` rates a factor of 3 apart around the entry's
+    own. One at which training diverges is the worst.
     """
-    scores = {}
+    scores, tries = {}, identity["tune"]
     for i in range(tries):
         rate = float(f"{entry.rate * 3.0 ** (i - tries // 2):.1e}")
-        run = start(base, entry.spec, len(data.class_names), replace(recipe, learning_rate=rate), 0)
-        path = where / f"{rate:g}.json"
-        scores[rate] = read_result(path).get("accuracy")
-        if scores[rate] is None:
-            result, _ = fit(run, data, replace(recipe, learning_rate=rate), 0, f"{entry.name} at {rate:g}")
-            scores[rate] = evaluator(run, data.validation)(result.state)["accuracy"]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            common.write_json(path, {"rate": rate, "accuracy": scores[rate]})
+        trial, path = replace(recipe, learning_rate=rate), where / f"{rate:g}.json"
+        mine = {k: identity[k] for k in ("spec", "base", "data", "dtype")} | {
+            "seed": 0,
+            "recipe": common.jsonable(trial),
+        }
+        found = common.read_json(path, identity=dict, accuracy=float) if path.exists() else {}
+        if found.get("identity") != mine:
+            run = start(base, entry.spec, len(data.class_names), trial, 0)
+            try:
+                result, _ = fit(run, data, trial, 0, f"{entry.name} at {rate:g}")
+                found = {"accuracy": evaluator(run, data.validation)(result.state)["accuracy"]}
+            except ModelError as error:  # nothing is saved here, so it is the loss that is not finite
+                print(f"  {error}")
+                found = {"accuracy": 0.0, "diverged": True}
+            common.write_json(path, {"identity": mine} | found)
+        scores[rate] = found["accuracy"]
         print(f"  rate {rate:g}: validation accuracy {100 * scores[rate]:.2f}", flush=True)
     return max(scores, key=scores.get)
 
 
 def fit(
-    run: Any,
+    run: Run,
     data: Data,
     recipe: Recipe,
-    seeds: Any,
+    seeds: int | list[int],
     label: str,
     where: Path | None = None,
     identity: dict | None = None,
@@ -226,9 +199,17 @@ def fit(
     return result, step.memory(compiled)
 
 
+def timing(entry: Entry, base: Pretrained, data: Data, recipe: Recipe, seeds: list[int], steps: int = 12) -> Row:
+    """The timing columns from a dozen steps."""
+    short = replace(recipe, steps=steps, learning_rate=entry.rate)
+    run = start(base, entry.spec, len(data.class_names), short, seeds)
+    result, _ = fit(run, data, short, seeds, f"{entry.name}, timing")
+    return {"step_ms": result.step_ms / len(seeds), "train_s": recipe.steps * result.step_ms / 1000 / len(seeds)}
+
+
 def train(
     entry: Entry, base: Pretrained, data: Data, recipe: Recipe, seeds: list[int], where: Path, identity: dict
-) -> dict[str, Any]:
+) -> Row:
     """Trains all seeds of a method in one program, evaluates them on the test part and saves each one's adapter."""
     recipe = replace(recipe, learning_rate=entry.rate)
     run = start(base, entry.spec, len(data.class_names), recipe, seeds)
@@ -240,7 +221,6 @@ def train(
     for i, seed in enumerate(seeds):
         one, more = state.take(result.state, i), {"seed": seed, "accuracy": accuracy[i]}
         size.append(save_adapter(where / f"adapter-{seed}", base, entry.spec, run, one, data, recipe, **more))
-    plot.curve(where / "metrics.jsonl", where / "curve.png")
     print(f"  accuracy {100 * statistics.mean(accuracy):.1f}", flush=True)
     return {
         "method": entry.name,
@@ -259,4 +239,5 @@ def train(
 
 
 if __name__ == "__main__":
+    define_flags()
     common.run(main)

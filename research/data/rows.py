@@ -28,6 +28,13 @@ class Row:
 
 def read(path: Path, text_column: str, label_column: str) -> Iterator[Row]:
     """Yields the rows of a file. Raises DataError with `file:line`, or `file: row N` where lines have no meaning."""
+    try:
+        yield from _read(path, text_column, label_column)
+    except OSError as error:
+        raise DataError(f"data file {path} cannot be read: {error.strerror or error}") from error
+
+
+def _read(path: Path, text_column: str, label_column: str) -> Iterator[Row]:
     if not path.is_file():
         folder = path.parent.iterdir() if path.parent.is_dir() else ()
         near = [file.name for file in folder if file.suffix in SUFFIXES]

@@ -1,8 +1,10 @@
 """BERT (arXiv 1810.04805) and RoBERTa (arXiv 1907.11692): post-LN encoders with learnt positions.
 
-embed/{tokens,positions,types}/embedding, embed/norm
-layers/attn/{q,k,v,o}, layers/attn_norm, layers/mlp/{up,down}, layers/mlp_norm      (leading axis L where scanned)
-pooler
+    embed/{tokens,positions,types}/embedding, embed/norm
+    layers/attn/{q,k,v,o}, layers/attn_norm, layers/mlp/{up,down}, layers/mlp_norm
+    pooler
+
+Leaves under `layers` have a leading axis L where the stack is scanned; RoBERTa's presets have no pooler.
 """
 
 from dataclasses import dataclass

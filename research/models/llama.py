@@ -1,8 +1,12 @@
 """LLaMA (arXiv 2302.13971) and its kin by configuration: SmolLM2, Mistral (arXiv 2310.06825), Qwen2 (arXiv 2407.10671),
 Qwen3 (arXiv 2505.09388).
 
-embed/tokens/embedding layers/attn_norm, layers/attn/{q,k,v,o}[/q_norm,k_norm], layers/mlp_norm,
-layers/mlp/{gate,up,down}      (leading axis L where scanned) norm, lm_head (untied)
+    embed/tokens/embedding
+    layers/attn_norm, layers/attn/{q,k,v,o,q_norm,k_norm}, layers/mlp_norm, layers/mlp/{gate,up,down}
+    norm, lm_head
+
+Leaves under `layers` have a leading axis L where the stack is scanned; q_norm and k_norm are Qwen3's; a tied model has
+no lm_head.
 """
 
 from dataclasses import dataclass

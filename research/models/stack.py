@@ -1,7 +1,4 @@
-"""Between the two layouts of a layer stack:
-
-scanned (`layers`, leading axis L) and unrolled (`layers_0`, `layers_1`, ...).
-"""
+"""Between a scanned layer stack (`layers`, leading axis L) and an unrolled one (`layers_0`, `layers_1`, ...)."""
 
 import re
 from typing import Any

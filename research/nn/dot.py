@@ -1,8 +1,7 @@
 """Products with a kernel that is an array, a quantised node, or a deferred low-rank sum.
 
 `LowRank(w, a, b)` stands for W + A B. Multiplying by it is written out by hand because autodiff would either form the
-dense gradient of the frozen W or multiply twice: dA = x' (dy B') and dB = (x A)' dy need only thin products (measured
-in `docs/design.md`).
+dense gradient of the frozen W or multiply twice: dA = x' (dy B') and dB = (x A)' dy need only thin products.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
-"""A stack of equal blocks:
+"""A stack of equal blocks, scanned or unrolled, with rematerialisation by name.
 
-scanned (one compiled body, leaves with a leading L) or unrolled, with rematerialisation by name.
+Scanned, one body is compiled and every leaf has a leading axis L; unrolled, each layer has its own subtree.
 """
 
 import flax.linen as nn

@@ -23,8 +23,7 @@ from research.nn.param import training_rng
 class Site:
     """Where a node may sit.
 
-    kind: "linear" (shape [in, out]), "residual" ([D]), "attention" ([kv_heads, K]), "embed" ([D]) or "output" ([layers,
-    D]).
+    kind: "linear" (shape [in, out]), "residual" ([D]), "attention" ([kv_heads, K]), "embed" ([D]) or "output" ([L, D]).
     axes: one logical axis name for each dimension of `shape`.
     stack: a scalar that `nn.scan` stacks with the layers' parameters, so its shape is the leading shape of every leaf
     added here: () or (L,).
@@ -64,9 +63,7 @@ class LinearNode(Node):
         return y
 
     def fold_input(self, w: jax.Array) -> jax.Array:
-        """The kernel that does what `input` and then `w` do; a node whose `input` is linear overrides it, and can then
-        be merged.
-        """
+        """The kernel that does what `input` and then `w` do. A node that overrides `input` merges only with this."""
         return w
 
     def fold_output(self, w: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
@@ -104,9 +101,13 @@ class EmbedNode(Node):
 
     kind: ClassVar[str] = "embed"
 
-    def embed(self, x: jax.Array, mask: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x [B, T, D], mask and positions [B, T] -> the same with P more slots in front."""
-        raise TypeError(f"{type(self).__name__} has no embed hook")
+    def tokens(self) -> jax.Array | None:
+        """Virtual tokens [P, D] to stand before the sequence, if any."""
+        return None
+
+    def shift(self) -> jax.Array | int:
+        """By how much all positions move."""
+        return 0
 
 
 class OutputNode(Node):
@@ -162,10 +163,23 @@ class Prompt(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [B, T, D], mask and positions [B, T] -> the same with P more slots in front.
+
+        Shifts of all nodes come first, so that their order in a chain does not matter: virtual tokens take positions
+        shift..shift+P-1 and the text starts behind them.
+        """
         record(self, "embed", (x.shape[-1],), ("embed",))
-        for node in nodes(self):
-            x, mask, positions = node.embed(x, mask, positions)
-        return x, mask, positions
+        here = nodes(self)
+        shift = sum(node.shift() for node in here)
+        virtual = [tokens for node in here if (tokens := node.tokens()) is not None]
+        if not virtual:
+            return x, mask, positions + shift
+        virtual = jnp.concatenate(virtual).astype(x.dtype)
+        length = virtual.shape[0]
+        slots = jnp.broadcast_to(jnp.arange(length, dtype=positions.dtype), (x.shape[0], length))
+        x = jnp.concatenate([jnp.broadcast_to(virtual, (x.shape[0], *virtual.shape)), x], axis=1)
+        mask = jnp.concatenate([jnp.ones_like(slots, mask.dtype), mask], axis=1)
+        return x, mask, jnp.concatenate([slots, positions + length], axis=1) + shift
 
 
 class Outputs(nn.Module):

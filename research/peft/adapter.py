@@ -4,8 +4,8 @@
     DIR/adapter.json          format, method specification, base (name, fingerprint), head classes, counts
 
 No adapter name enters a key, so any name of the directory will do. A prefix MLP is dropped: what is saved is what it
-realises. Loading rebuilds the structure from the specification and is strict: a missing, unexpected or mis-shaped leaf
-is an error, and so is another base.
+realises. Loading rebuilds the structure from the specification and is strict: a missing, unexpected or mis-shaped leaf,
+one whose numbers would be rounded, and another base are errors.
 """
 
 import errno
@@ -22,7 +22,7 @@ from research.errors import ModelError, UserError
 from research.files import replace_directory
 from research.peft import method as peft
 from research.peft import registry, tree
-from research.peft.method import ENCODER, Method, PyTree, Sites, Variables
+from research.peft.method import REPARAM, Method, PyTree, Sites, Variables
 
 FORMAT = 1
 WEIGHTS, META = "adapter.safetensors", "adapter.json"
@@ -92,39 +92,62 @@ def load(directory: str | Path) -> Adapter:
         leaves = load_file(directory / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"adapter {directory} is damaged: {str(error).splitlines()[0]}.") from None
-    if not isinstance(meta, dict) or not isinstance(meta.get("base", {}), dict):
+    except (AttributeError, KeyError, TypeError) as error:  # a dtype of the format that numpy has not, such as float8
+        raise ModelError(
+            f"adapter {directory} is damaged: {WEIGHTS} has a leaf of an unknown type ({error})."
+        ) from None
+    if not isinstance(meta, dict):
         raise ModelError(f"adapter {directory} is damaged: {META} does not describe an adapter.")
     if meta.get("format") != FORMAT:
         raise ModelError(f"adapter {directory} has format {meta.get('format')!r}; this version reads {FORMAT}.")
+    if key := _bad_key(meta):
+        raise ModelError(f"adapter {directory} is damaged: {META} has no valid {key!r}.")
     try:
-        method = registry.parse(str(meta["spec"]))
-    except (KeyError, UserError) as error:
+        method = registry.parse(meta["spec"])
+    except UserError as error:
         raise ModelError(f"adapter {directory}: its method can't be rebuilt: {error}") from None
     return Adapter(method, meta, leaves)
 
 
-def attach(adapter: Adapter, params: PyTree, sites: Sites, fingerprint: str, force: bool = False) -> Variables:
-    """The variables of base + adapter.
+def _bad_key(meta: dict[str, Any]) -> str | None:
+    """The first key of adapter.json that is missing or of the wrong type."""
+    base = meta["base"] if isinstance(meta.get("base"), dict) else {}
+    texts = {"spec": meta.get("spec"), "base.name": base.get("name"), "base.fingerprint": base.get("fingerprint")}
+    right = {key: isinstance(value, str) for key, value in texts.items()}
+    if meta.get("task") == "classify":
+        classes, length = meta.get("classes"), meta.get("max_length")
+        right["classes"] = isinstance(classes, list) and classes != [] and all(isinstance(c, str) for c in classes)
+        right["max_length"] = type(length) is int and length > 0  # a bool is an int too
+    return next((key for key, fine in right.items() if not fine), None)
 
-    Raises ModelError for another base (unless `force`) and for leaves that do not fit.
+
+def attach(
+    adapter: Adapter,
+    params: PyTree,
+    sites: Sites,
+    fingerprint: str,
+    force: bool = False,
+    head: PyTree | None = None,
+) -> Variables:
+    """The variables of base + adapter. `head`: shapes of the task head that must be there; None takes what is there.
+
+    Nothing is allocated but what the file holds. Raises ModelError for another base (unless `force`) and for leaves
+    that do not fit.
     """
-    base = adapter.meta.get("base", {})
-    if base.get("fingerprint") != fingerprint and not force:
+    base = adapter.meta["base"]
+    if base["fingerprint"] != fingerprint and not force:
         raise ModelError(
-            f"the adapter was trained on base {base.get('name')} ({str(base.get('fingerprint'))[:12]}), "
+            f"the adapter was trained on base {base['name']} ({base['fingerprint'][:12]}), "
             f"not on this one ({fingerprint[:12]}): load that base."
         )
-    variables: Variables = {"params": params, "peft": peft.init(adapter.method, jax.random.key(0), sites)}
-    mask = peft.mask(adapter.method, variables | {"head": {"bias": jnp.zeros(1)}})
+    added = jax.eval_shape(lambda: peft.init(adapter.method, jax.random.key(0), sites))
+    mask = peft.mask(adapter.method, {"params": params, "peft": added, "head": {"bias": jnp.zeros(1)}})
     trained, rest = tree.partition(params, mask["params"])
-    heads = tree.unflatten({p: jnp.asarray(x) for p, x in adapter.leaves.items() if p.startswith("head/")})
-    expected = (
-        {k: v for k, v in realised(adapter.method, variables, sites).items() if k == "peft"}
-        | {"params": trained}
-        | heads
-    )
-    expected.get("peft", {}).pop(ENCODER, None)
-    filled = _fill(expected, adapter.leaves)
+    saved = jax.eval_shape(lambda x: realised(adapter.method, {"params": params, "peft": x}, sites)["peft"], added)
+    saved.pop(REPARAM, None)
+    if head is None:
+        head = tree.unflatten({p: x for p, x in adapter.leaves.items() if p.startswith("head/")}).get("head")
+    filled = _fill({"peft": saved, "params": trained} | ({} if head is None else {"head": head}), adapter.leaves)
     return filled | {"params": tree.combine(filled["params"], rest)}
 
 
@@ -137,8 +160,15 @@ def _fill(expected: PyTree, leaves: dict[str, np.ndarray]) -> PyTree:
         told = "; ".join(f"{len(names)} {kind}: {', '.join(names[:5])}" for kind, names in kinds if names)
         raise ModelError(f"the adapter does not fit this model: {told}.")
     for path, leaf in wanted.items():
-        if leaf.shape != leaves[path].shape:
-            raise ModelError(
-                f"the adapter does not fit this model: {path} is {leaves[path].shape}, expected {leaf.shape}."
-            )
+        found = leaves[path]
+        if leaf.shape != found.shape:
+            raise ModelError(f"the adapter does not fit this model: {path} is {found.shape}, expected {leaf.shape}.")
+        if not _holds(leaf.dtype, found.dtype):
+            raise ModelError(f"the adapter does not fit this model: {path} is {found.dtype}, expected {leaf.dtype}.")
     return tree.map_with_path(lambda path, leaf: jnp.asarray(leaves[path], leaf.dtype), expected)
+
+
+def _holds(wide: Any, narrow: Any) -> bool:
+    """Whether a type holds every value of another of its kind."""
+    kinds = {jnp.issubdtype(dtype, jnp.floating) for dtype in (wide, narrow)}
+    return len(kinds) == 1 and jnp.promote_types(wide, narrow) == wide

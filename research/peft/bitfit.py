@@ -14,9 +14,11 @@ from research.peft.method import Method, PyTree, Variables, base_leaves
 
 
 def bitfit(targets: str = ".*") -> Method:
-    """targets:
+    """Trains biases.
 
-    pattern for the path of what owns the bias; the paper's partial form is `targets=attn/q|mlp/up|pooler`.
+    Args:
+        targets: pattern of the path of what owns the bias; the paper's partial form is "attn/q|mlp/up|pooler".
+    Raises FlagError where the model has no such bias.
     """
 
     def trainable(variables: Variables) -> PyTree:

@@ -83,7 +83,6 @@ def chain(*parts: Method) -> Method:
         trainable,
         each("fit"),
         each("realise"),
-        each("merge"),
         penalty if any(p.penalty for p in parts) else None,
         update if any(p.update for p in parts) else None,
         rates if any(p.rates for p in parts) else None,

@@ -93,10 +93,15 @@ def houlsby(
     norms: bool = True,
     std: float = 1e-3,
 ) -> Method:
-    """width:
+    """A bottleneck after each sublayer.
 
-    the bottleneck m; targets: pattern of residual sites; norms: whether the layer norms train too; std: of the initial
-    weights.
+    Args:
+        width: m.
+        activation: gelu, relu, swish or tanh.
+        targets: pattern of residual sites.
+        norms: whether the layer norms train too, as the paper has it.
+        std: of the initial weights.
+    Raises FlagError for a value out of range and a pattern without a match.
     """
     node = bottleneck(width, activation, False, truncated_normal(std))
 

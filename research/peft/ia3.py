@@ -45,10 +45,12 @@ class ScaleInput(LinearNode):
 
 
 def ia3(targets: str = "attn/(k|v)", feedforward: str = "mlp/down") -> Method:
-    """targets:
+    """Rescales keys, values and hidden units.
 
-    linear sites whose output is scaled; feedforward: those whose input is, which is the hidden layer after the
-    activation.
+    Args:
+        targets: pattern of the linear sites whose output is scaled.
+        feedforward: pattern of those whose input is, which is the hidden layer after its activation.
+    Raises FlagError for a pattern without a match.
     """
 
     def scale(site: Site, rng: jax.Array) -> Scale:

@@ -34,10 +34,14 @@ class Lora(LinearNode):
 
 
 def lora(rank: int = 8, alpha: float = 16.0, targets: str = "attn/(q|v)", dropout: float = 0.0) -> Method:
-    """rank:
+    """LoRA on chosen projections.
 
-    r; alpha: the update is scaled by alpha / rank; targets: pattern of linear sites, or "all" in the layers; dropout:
-    on the update's input.
+    Args:
+        rank: r, at most the smaller side of a kernel.
+        alpha: the update is scaled by alpha / rank.
+        targets: pattern of linear sites; "all" is every one in the layers.
+        dropout: rate on the update's input, in training.
+    Raises FlagError for a value out of range and a pattern without a match.
     """
     at_least("rank", rank, 1)
     if alpha == 0:

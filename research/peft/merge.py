@@ -11,7 +11,7 @@ from research.errors import ModelError
 from research.nn.param import dense
 from research.nn.sites import LinearNode
 from research.peft import tree
-from research.peft.method import Method, PyTree, Variables, is_node
+from research.peft.method import PyTree, Variables, is_node
 
 
 def mergeable(node: object) -> bool:
@@ -25,24 +25,19 @@ def mergeable(node: object) -> bool:
     )
 
 
-def merge(method: Method, variables: Variables, partial: bool = False) -> Variables:
-    """Folds the method's nodes into `params` and takes them out of `peft`.
+def merge(variables: Variables, partial: bool = False) -> Variables:
+    """Folds the nodes into `params` and takes them out of `peft`; several at one place are folded together, in order.
 
     Raises ModelError naming the nodes that are no change of a kernel, unless `partial` leaves them where they are.
     """
-    variables = (method.merge or fold)(variables)
-    left = sorted({type(n).__name__ for n in tree.paths(variables.get("peft", {}), is_leaf=is_node).values()})
+    params, peft = _fold(variables["params"], variables.get("peft", {}))
+    variables = variables | {"params": params, "peft": peft}
+    left = sorted({type(n).__name__ for n in tree.paths(peft, is_leaf=is_node).values()})
     if left and not partial:
         raise ModelError(
             f"{', '.join(left)} can't be merged into the base's weights: keep the adapter beside the base."
         )
     return variables if left else {k: v for k, v in variables.items() if k != "peft"}
-
-
-def fold(variables: Variables) -> Variables:
-    """The default merge: every place whose nodes all fold."""
-    params, peft = _fold(variables["params"], variables.get("peft", {}))
-    return variables | {"params": params, "peft": peft}
 
 
 def _fold(params: PyTree, peft: PyTree) -> tuple[PyTree, PyTree]:

@@ -1,9 +1,11 @@
 """What a PEFT method is: pure functions on pytrees, as an optax transform is.
 
-sites = peft.sites(model)                                   # {"layers/attn/q": Site("linear", (D, H*K), ...)}
-added = peft.init(method, rng, sites)                       # {"layers": {"attn": {"q": {"lora": Lora(...)}}}}
-variables = {"params": base, "peft": added}
-trainable, frozen = partition(variables, peft.mask(method, variables))
+    sites = peft.sites(model)                      # {"layers/attn/q": Site("linear", (D, H*K), ...)}
+    added = peft.init(method, rng, sites)          # {"layers": {"attn": {"q": {"lora": Lora(...)}}}}
+    variables = {"params": base, "peft": added}
+    trainable, frozen = tree.partition(variables, peft.mask(method, variables))
+
+Below the contract stand the small functions that the methods' own files are written with.
 """
 
 import dataclasses
@@ -36,7 +38,6 @@ class Method(NamedTuple):
     trainable: Callable[[Variables], PyTree] | None = None  # -> mask; default: the nodes' trained fields
     fit: Callable[..., Variables] | None = None  # (rng, variables, loss, batches) -> variables; default: as they are
     realise: Callable[[Variables, Sites], Variables] | None = None  # before apply; default: as they are
-    merge: Callable[[Variables], Variables] | None = None  # default: `merge.fold` of every linear node
     penalty: Callable[[Variables, jax.Array], jax.Array] | None = None  # -> scalar added to the loss; default: 0
     update: Callable[[PyTree, PyTree, jax.Array], PyTree] | None = None  # (added, grads, step) -> added
     rates: Callable[[Variables], PyTree] | None = None  # -> learning-rate factor of each leaf; default: 1
@@ -71,7 +72,7 @@ def init(method: Method, rng: jax.Array, sites: Sites) -> PyTree:
     added = nn.unbox(method.init(rng, sites))
     for path, node in tree.paths(added, is_leaf=is_node).items():
         where = path.rpartition("/")[0]
-        if not is_node(node) or (node.kind != ENCODER and (where not in sites or sites[where].kind != node.kind)):
+        if not is_node(node) or (node.kind != REPARAM and (where not in sites or sites[where].kind != node.kind)):
             raise ValueError(f"{path}: {type(node).__name__} is not a node at a site of its kind")
     return added
 
@@ -81,18 +82,19 @@ def init_axes(method: Method, sites: Sites) -> PyTree:
     return axes(jax.eval_shape(lambda: method.init(jax.random.key(0), sites)))
 
 
-def parameters(variables: Variables, sites: Sites) -> int:
-    """How many parameters base and added subtree have.
+def parameters(variables: Variables) -> int:
+    """How many parameters base and added subtree have; heads are counted apart.
 
-    A node's settings (LoRA's scale: a scalar a layer) are none, and heads are counted apart.
+    A frozen scalar of a node, a layer's or the model's, is a setting and no parameter (LoRA's scale, a prefix's shift).
     """
 
-    def settings(path: str, x: Any) -> bool:
-        site = sites.get(path.rsplit("/", 2)[0])
-        return site is not None and x.ndim == site.stack.ndim
+    def own(path: str, node: Node) -> int:
+        stack = 1 if path.startswith("layers/") else 0
+        leaves = {name: getattr(node, name) for name in fields(node)}
+        return sum(tree.count(x) for name, x in leaves.items() if name in node.trained or x.ndim > stack)
 
-    added = {p: x for p, x in tree.paths(variables.get("peft", {})).items() if not settings(p, x)}
-    return tree.count(variables["params"]) + tree.count(added)
+    added = tree.paths(variables.get("peft", {}), is_leaf=is_node)
+    return tree.count(variables["params"]) + sum(own(path, node) for path, node in added.items())
 
 
 def mask(method: Method, variables: Variables) -> PyTree:
@@ -101,19 +103,22 @@ def mask(method: Method, variables: Variables) -> PyTree:
     if "head" in variables:
         chosen = chosen | {"head": tree.constant(variables["head"], True)}
     if not any(tree.trains(leaf) for leaf in jax.tree.leaves(chosen)):
-        raise FlagError(
-            "the method trains nothing on this model: it has no parameter of the kind that the method trains."
-        )
+        raise FlagError("the method trains nothing of this model but a task's head. Valid: lora, or another that adds.")
     return chosen
 
 
 # ------------------------------------------------------------------------------------------- for the methods' own files
 
-ENCODER = "encoder"  # kind of a node that no site reads: `realise` turns it into nodes that sites do
+REPARAM = "reparam"  # key and kind of nodes that no site reads: `realise` turns them into nodes that sites do
 
 
 def is_node(x: Any) -> bool:
     return isinstance(x, Node)
+
+
+def fields(node: Node) -> list[str]:
+    """The names of a node's arrays."""
+    return [f.name for f in dataclasses.fields(node) if f.metadata.get("pytree_node", True)]
 
 
 def frozen(variables: Variables) -> PyTree:
@@ -124,13 +129,12 @@ def frozen(variables: Variables) -> PyTree:
 def trained_fields(variables: Variables) -> PyTree:
     """The default mask: the fields that each node names as trained."""
 
-    def fields(node: Any) -> Any:
+    def of(node: Any) -> Any:
         if not is_node(node):
             return False
-        names = [f.name for f in dataclasses.fields(node) if f.metadata.get("pytree_node", True)]
-        return node.replace(**{n: tree.constant(getattr(node, n), n in node.trained) for n in names})
+        return node.replace(**{name: tree.constant(getattr(node, name), name in node.trained) for name in fields(node)})
 
-    return frozen(variables) | {"peft": jax.tree.map(fields, variables.get("peft", {}), is_leaf=is_node)}
+    return frozen(variables) | {"peft": jax.tree.map(of, variables.get("peft", {}), is_leaf=is_node)}
 
 
 def base_leaves(pattern: str, variables: Variables) -> PyTree:
@@ -159,10 +163,7 @@ def _or(masks: tuple) -> Any:
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:
-    """A regular expression for the end of a path, from a whole name on:
-
-    "attn/(q|v)" matches "layers/attn/q", "q" does not match "eq".
-    """
+    """A regular expression for the end of a path, from a whole name on: "q" matches "layers/attn/q" but not "eq"."""
     try:
         compiled = re.compile(rf"(?:.*/)?(?:{pattern})")
     except re.error as error:

@@ -16,7 +16,15 @@ from research.peft.method import Method, PyTree, Sites, normal, place, select
 
 
 def pfeiffer(width: int = 64, activation: str = "relu", targets: str = "mlp_residual", std: float = 0.02) -> Method:
-    """width: the bottleneck m; targets: pattern of residual sites; std: of the initial weights."""
+    """A bottleneck after each feed-forward.
+
+    Args:
+        width: m.
+        activation: gelu, relu, swish or tanh.
+        targets: pattern of residual sites.
+        std: of the initial weights.
+    Raises FlagError for a value out of range and a pattern without a match.
+    """
     node = bottleneck(width, activation, True, normal(std))
 
     def init(rng: jax.Array, sites: Sites) -> PyTree:

@@ -2,7 +2,7 @@
 
     P = tanh(E W1 + b1) W2 + b2,    E [P, D], W1 [D, hidden], W2 [hidden, L*2*kv_heads*K]    (section 4.3; not kept)
 
-    in training  peft {"encoder": {"prefix": PrefixMlp(table, w1, b1, w2, b2)},
+    in training  peft {"reparam": {"prefix": PrefixMlp(table, w1, b1, w2, b2)},
                        "embed": {"prompt": {"prefix": Shift(P)}}}
     realised     peft {"layers": {"attn": {"kv": {"prefix": Prefix(k[L, P, kv_heads, K], v)}}},
                        "embed": {"prompt": {"prefix": Shift(P)}}}
@@ -22,7 +22,7 @@ from flax.linen import LogicallyPartitioned
 from research.nn.sites import AttentionNode, EmbedNode, Node, Site
 from research.peft import tree
 from research.peft.method import (
-    ENCODER,
+    REPARAM,
     Method,
     PyTree,
     Sites,
@@ -55,8 +55,8 @@ class Shift(EmbedNode):
     by: Any
     trained: ClassVar[tuple[str, ...]] = ()
 
-    def embed(self, x: jax.Array, mask: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return x, mask, positions + self.by
+    def shift(self) -> jax.Array:
+        return self.by
 
 
 class PrefixMlp(Node):
@@ -67,7 +67,7 @@ class PrefixMlp(Node):
     b1: Any
     w2: Any
     b2: Any
-    kind: ClassVar[str] = ENCODER
+    kind: ClassVar[str] = REPARAM
     trained: ClassVar[tuple[str, ...]] = ("table", "w1", "b1", "w2", "b2")
 
     def __call__(self) -> jax.Array:
@@ -95,9 +95,13 @@ def prefixes(sites: Sites, rng: jax.Array, name: str, length: int, targets: str)
 
 
 def prefix(length: int = 10, hidden: int = 512, targets: str = "attn/kv") -> Method:
-    """length:
+    """Keys and values before every layer's own.
 
-    P virtual tokens; hidden: width of the reparametrising MLP, 0 for none; targets: pattern of attention sites.
+    Args:
+        length: P virtual tokens.
+        hidden: width of the reparametrising MLP; 0 trains keys and values themselves.
+        targets: pattern of attention sites.
+    Raises FlagError for a value out of range and a pattern without a match.
     """
     at_least("length", length, 1)
     at_least("hidden", hidden, 0)
@@ -107,7 +111,7 @@ def prefix(length: int = 10, hidden: int = 512, targets: str = "attn/kv") -> Met
             return prefixes(sites, rng, "prefix", length, targets)
         (d,) = next(iter(select(sites, "embed", ".*").values())).shape
         width = sum(_width(site) for site in select(sites, "attention", targets).values())
-        table, w1, w2 = jax.random.split(fold(rng, ENCODER), 3)
+        table, w1, w2 = jax.random.split(fold(rng, REPARAM), 3)
         plain = lambda x: LogicallyPartitioned(x, (None,) * x.ndim)  # noqa: E731
         mlp = PrefixMlp(
             plain(normal(1.0)(table, (length, d))),
@@ -116,11 +120,11 @@ def prefix(length: int = 10, hidden: int = 512, targets: str = "attn/kv") -> Met
             plain(uniform(hidden**-0.5)(w2, (hidden, width))),
             plain(zeros(w2, (width,))),
         )
-        return tree.merge_dicts({ENCODER: {"prefix": mlp}}, shift(sites, rng, "prefix", length))
+        return tree.merge_dicts({REPARAM: {"prefix": mlp}}, shift(sites, rng, "prefix", length))
 
     def realise(variables: Variables, sites: Sites) -> Variables:
         peft = dict(variables["peft"])
-        mlp = peft.pop(ENCODER, {}).get("prefix")
+        mlp = peft.pop(REPARAM, {}).get("prefix")
         if mlp is None:
             return variables
         flat, start, out = mlp(), 0, {}

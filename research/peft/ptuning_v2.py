@@ -14,7 +14,13 @@ from research.peft.prefix import prefixes
 
 
 def ptuning_v2(length: int = 20, targets: str = "attn/kv") -> Method:
-    """length: P virtual tokens; targets: pattern of attention sites."""
+    """Keys and values before every layer's own, drawn from N(0, 1).
+
+    Args:
+        length: P virtual tokens.
+        targets: pattern of attention sites.
+    Raises FlagError for a value out of range and a pattern without a match.
+    """
     at_least("length", length, 1)
 
     def init(rng: jax.Array, sites: Sites) -> PyTree:

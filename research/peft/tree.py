@@ -88,9 +88,7 @@ def count(tree: PyTree, mask: PyTree | None = None) -> int:
     """Number of array elements (of those the mask lets train); works on shapes alone and never overflows."""
     if mask is None:
         return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
-    sizes = jax.tree.map(
-        lambda x, m: int(np.sum(m)) if isinstance(m, np.ndarray) else (math.prod(x.shape) if m else 0), tree, mask
-    )
+    sizes = jax.tree.map(lambda x, m: int(np.sum(m)) if np.ndim(m) else (math.prod(x.shape) if m else 0), tree, mask)
     return sum(jax.tree.leaves(sizes))
 
 

@@ -13,17 +13,22 @@ from research.errors import FlagError
 
 @contextlib.contextmanager
 def lock(folder: str | Path) -> Iterator[None]:
-    """Holds a run folder: a second process gets a FlagError that names the first.
+    """Holds a run folder, made if need be: a second process gets a FlagError that names the first.
 
-    The kernel frees the lock of a dead process, so none is ever stale.
+    The kernel frees the lock of a dead process, so none is ever stale. Raises FlagError too for a folder that cannot be
+    made or written.
     """
     path = Path(folder) / "LOCK"
     me = {"pid": os.getpid(), "host": socket.gethostname()}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise FlagError(f"the run folder {folder} is a file, or lies below one: choose another folder") from error
     except OSError as error:
-        raise FlagError(f"cannot write to the run folder {folder}: {error.strerror}") from error
+        raise FlagError(
+            f"cannot write to the run folder {folder}: {error.strerror}. Choose another folder or mend this one"
+        ) from error
     try:
         owner = os.read(handle, 1000).decode(errors="replace")
         try:
@@ -35,7 +40,8 @@ def lock(folder: str | Path) -> Iterator[None]:
         if owner:
             print(f"took over the lock of a process that died: {owner}", file=sys.stderr)
         os.ftruncate(handle, 0)
-        os.pwrite(handle, "pid {pid} on {host}".format(**me).encode(), 0)
+        with contextlib.suppress(OSError):  # a full disk: the lock holds, only nameless
+            os.pwrite(handle, "pid {pid} on {host}".format(**me).encode(), 0)
         try:
             yield
         finally:

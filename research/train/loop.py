@@ -7,7 +7,7 @@ with the same bits as one never stopped, because batches and random numbers are 
 import signal
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,9 @@ PyTree = Any
 class Result(NamedTuple):
     """`best` is None or {"value", "step", "trainable", "extra"}, [S, ...] with seeds; its step is -1 if none was.
 
-    `seconds` is training time without compilation, evaluation and saving, `step_ms` the median step.
+    `seconds` is training time without compilation, evaluation and saving, `step_ms` the median step; of a resumed run
+    both are of its earlier parts too. A process's first step may have compiled and counts in neither: when there was no
+    other (steps=1), both are 0.0.
     """
 
     state: TrainState
@@ -64,7 +66,7 @@ def fit(
         evaluate: (state, stop) -> means, or None if `stop()` became true; every `eval_every` steps and after the last.
         save_every: save every so many steps; with a checkpointer the last step and an interrupted one are always saved.
         identity: JSON that must be the same when a run is resumed (configuration, method, fingerprint of the base).
-        unit: what `weight` counts, for the rate shown: rows, tokens.
+        unit: what `weight` counts, for the rate shown. Batches with a numpy leaf `mask` show its ones, as tokens.
         best_metric: keep the trainables where this metric was largest (best_mode "min": smallest), for each seed apart.
         skip_nonfinite: how many batches with a non-finite loss or gradient may be left out before the run stops.
     Raises:
@@ -78,12 +80,12 @@ def fit(
 
     # ---------------------------------------------------------------- where to begin
     best = _no_best(state) if best_metric else None
-    start, seconds, evaluated, history = 0, 0.0, None, []
+    start, seconds, times, evaluated, history = 0, 0.0, [], None, []
     found = checkpointer.latest_step() if checkpointer else None
     if found is not None:
         saved, meta = checkpointer.restore(found, {"state": state, "best": best}, {"identity": identity})
         state, best = saved["state"], saved["best"]
-        start, seconds, evaluated = found, meta["seconds"], meta["evaluated"]
+        start, seconds, times, evaluated = found, meta["seconds"], meta.get("times", []), meta["evaluated"]
         if start > steps:
             raise FlagError(f"steps={steps}, but {checkpointer.directory} already holds step {start}")
         say(f"{label or 'train'}: going on from step {start} in {checkpointer.directory}")
@@ -97,7 +99,8 @@ def fit(
 
     def save(done: int) -> None:
         if checkpointer:
-            meta = {"identity": identity, "seconds": seconds, "evaluated": evaluated, "data": done}
+            recent = [round(t, 6) for t in times[-200:]]  # for the median of a run that is resumed near its end
+            meta = {"identity": identity, "seconds": seconds, "times": recent, "evaluated": evaluated, "data": done}
             checkpointer.save(done, {"state": state, "best": best}, meta)
 
     def due(every: int, done: int) -> bool:
@@ -105,8 +108,8 @@ def fit(
 
     with catch() as stopped:
         # ------------------------------------------------------------ what is done with the metrics of a finished step
-        progress = Progress(start, steps, label, unit)
-        skipped, times, clock, pending = 0, [], None, None
+        progress = Progress(start, steps, label)
+        skipped, clock, pending = 0, None, None
 
         def settle() -> None:
             """Waits for the last dispatched step and reports it.
@@ -116,7 +119,7 @@ def fit(
             nonlocal pending, clock, seconds, skipped
             if pending is None:
                 return
-            done, metrics = pending[0], jax.device_get(pending[1])
+            done, metrics, tokens = pending[0], jax.device_get(pending[1]), pending[2]
             now, pending = time.perf_counter(), None
             took, clock = now - clock, now
             if done > start + 1:  # the first step may have compiled
@@ -130,8 +133,9 @@ def fit(
                     raise ModelError(_nonfinite(done, metrics, checkpointer))
             elif done % log_every == 0 or done == steps:
                 record(entry)
-            recent = statistics.median(times[-20:] or [took])
-            progress.update(done, entry["loss"], float(np.sum(metrics["weight"])) / max(recent, 1e-9))
+            recent = max(statistics.median(times[-20:] or [took]), 1e-9)
+            work = (float(np.sum(metrics["weight"])), unit) if tokens is None else (tokens, "tokens")
+            progress.update(done, entry["loss"], work[0] / recent, work[1])
 
         def pause_for_evaluation(done: int) -> None:
             nonlocal best, evaluated, clock
@@ -165,7 +169,7 @@ def fit(
             for done in range(start + 1, steps + 1):
                 state, metrics = step_fn(state, frozen, feed)
                 settle()  # of the step before, while this one runs
-                pending = (done, metrics)
+                pending = (done, metrics, _tokens(feed))
                 if done < steps:
                     feed = batch(done)  # on the host, while the device works
 
@@ -184,7 +188,13 @@ def fit(
             progress.close()
     if best_metric and best_mode == "min":
         best = best | {"value": -best["value"]}
-    return Result(state, history, best, seconds, 1000 * statistics.median(times) if times else float("nan"))
+    return Result(state, history, best, seconds, 1000 * statistics.median(times) if times else 0.0)
+
+
+def _tokens(batch: PyTree) -> int | None:
+    """Real tokens of a batch; None without a mask, or with one on the device, where counting would cost a transfer."""
+    mask = batch.get("mask") if isinstance(batch, Mapping) else None
+    return int(mask.sum()) if isinstance(mask, np.ndarray) else None
 
 
 # -------------------------------------------------------------------- early selection
@@ -218,7 +228,8 @@ def _nonfinite(done: int, metrics: dict[str, np.ndarray], checkpointer: Checkpoi
     seeds = f" (seeds {', '.join(bad)})" if np.ndim(metrics["finite"]) else ""
     kept = f"; the last good checkpoint is in {checkpointer.directory}" if checkpointer else ""
     values = ", ".join(
-        f"{name} {np.array2string(np.asarray(metrics[name]), precision=4)}" for name in ("loss", "grad_norm")
+        f"{name} {np.array2string(np.asarray(metrics[name]), precision=4)}"
+        for name in ("loss", "grad_norm", "update_norm")
     )
     return (
         f"step {done}{seeds} is not finite: {values}. Its update was not applied{kept}. "

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from research.errors import DataError
+from research.files import write_text
 
 Row = dict[str, Any]
 
@@ -23,7 +24,7 @@ Row = dict[str, Any]
 class Writer:
     """Appends rows to `path`.
 
-    A line is one write, so that a killed process leaves whole lines, but for perhaps the last.
+    A killed process or a full disk leaves whole lines, but for perhaps the last; the next row begins a line of its own.
     """
 
     def __init__(self, path: str | Path):
@@ -34,9 +35,13 @@ class Writer:
         """Losing a line is no reason to lose a run: when the disk is full, say so once and go on."""
         line = (json.dumps({k: _finite(v) for k, v in row.items()}) + "\n").encode()
         try:
-            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
             try:
-                os.write(handle, line)
+                size = os.fstat(handle).st_size
+                if size and os.pread(handle, 1, size - 1) != b"\n":
+                    line = b"\n" + line
+                while line:  # a write may be short
+                    line = line[os.write(handle, line) :]
             finally:
                 os.close(handle)
         except OSError as error:
@@ -45,32 +50,32 @@ class Writer:
             self.warned = True
 
     def resume(self, step: int) -> list[Row]:
-        """Drops rows after `step`, which are about to be written again, and returns the others."""
+        """Drops rows after `step`, which are about to be written again, and broken ones; returns the others."""
         if not self.path.exists():
             return []
-        rows = [row for row in read(self.path) if row.get("step", 0) <= step]
-        draft = self.path.with_name(self.path.name + ".tmp")
-        draft.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        os.replace(draft, self.path)
+        rows = [row for row in read(self.path) if row["step"] <= step]
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
         return rows
 
 
 def read(path: str | Path) -> list[Row]:
-    """All rows of a file.
+    """All rows of a file but the broken ones: an unfinished last line, and others with one notice.
 
-    A broken last line is what a killed process leaves and is left out; any other raises DataError.
+    Raises DataError for a file that cannot be read.
     """
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_text(errors="replace").split("\n")
     except OSError as error:
         raise DataError(f"cannot read metrics from {path}: {error.strerror}") from error
-    rows = []
+    rows, broken = [], []
     for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise DataError(f"{path} line {number} is not JSON: {line[:60]!r}") from None
+        row = _parse(line)
+        if row is not None:
+            rows.append(row)
+        elif number < len(lines):  # the last is empty, or what a killed process had no time to finish
+            broken.append(number)
+    if broken:
+        say(f"{path}: {len(broken)} broken rows are left out, the first in line {broken[0]}")
     return rows
 
 
@@ -96,17 +101,17 @@ def say(text: str) -> None:
 class Progress:
     """A bar with loss and rate; where stderr is not a terminal, about ten plain lines instead."""
 
-    def __init__(self, start: int, steps: int, label: str = "", unit: str = "rows"):
+    def __init__(self, start: int, steps: int, label: str = ""):
         from tqdm import tqdm
 
-        self.start, self.steps, self.label, self.unit = start, steps, label or "train", unit
+        self.start, self.steps, self.label = start, steps, label or "train"
         self.every = max(1, steps // 10)
         self.began = time.perf_counter()
         self.bar = tqdm(total=steps, initial=start, desc=self.label, file=sys.stderr) if sys.stderr.isatty() else None
 
-    def update(self, step: int, loss: float, rate: float) -> None:
+    def update(self, step: int, loss: float, rate: float, unit: str = "rows") -> None:
         """`step` steps are done; rate is in units per second."""
-        text = f"loss {loss:.4f}, {rate:,.0f} {self.unit}/s"
+        text = f"loss {loss:.4f}, {rate:,.0f} {unit}/s"
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(step - self.bar.n)
@@ -117,6 +122,14 @@ class Progress:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
+
+
+def _parse(line: str) -> Row | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def _finite(value: Any) -> Any:

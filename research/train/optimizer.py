@@ -2,9 +2,8 @@
 
     update = -schedule(t) * (core(g) + weight_decay * w)
 
-Decay is decoupled (AdamW) for every core. With decay="matrices" it leaves out what papers leave out: a leaf named
-`bias`, and the `scale` of a norm. Names decide, since under scan a bias has two dimensions. decay="all" takes every
-trainable leaf.
+Decay is decoupled (AdamW) for every core. decay="matrices" leaves out what papers leave out, biases and norms: a leaf's
+own dimensions decide, see `decayed`. decay="all" takes every trainable leaf.
 """
 
 import math
@@ -18,7 +17,6 @@ from research.errors import FlagError, did_you_mean
 from research.peft import tree
 
 PyTree = Any
-UNDECAYED = ("bias", "scale")
 
 # Defaults of (b1, b2, eps) are those of each paper; a core ignores what it has no use for.
 DEFAULTS = {
@@ -62,7 +60,8 @@ def make(
     b2: float | None = None,
     eps: float | None = None,
 ) -> optax.GradientTransformation:
-    """Returns an optax optimiser, for trees with holes and under vmap too. Raises FlagError for a bad name or value.
+    """Returns an optax optimiser, for trees with holes and under vmap too. Raises FlagError for a bad name or value, a
+    learning rate of 0 among them.
 
     `schedule`, `steps`, `warmup` and `final` are those of `make_schedule`. b1, b2, eps: None takes the paper's (b1 is
     also the momentum, b2 RMSProp's and Adafactor's decay).
@@ -71,6 +70,8 @@ def make(
         raise FlagError(f"unknown optimizer {name!r}.{did_you_mean(name, DEFAULTS)}")
     if decay not in ("matrices", "all"):
         raise FlagError(f"unknown decay {decay!r}.{did_you_mean(decay, ('matrices', 'all'))}")
+    if not learning_rate > 0:
+        raise FlagError(f"learning_rate={learning_rate} must be above 0")
     _check("weight_decay", weight_decay, 0.0)
     if name == "adam" and weight_decay:
         raise FlagError(f"adam has no weight decay, but weight_decay={weight_decay}. Did you mean 'adamw'?")
@@ -125,8 +126,11 @@ def make_schedule(
 
 
 def decayed(trainable: PyTree) -> PyTree:
-    """The mask of decay="matrices"."""
-    return tree.map_with_path(lambda path, _: path.rsplit("/", 1)[-1] not in UNDECAYED, trainable)
+    """The mask of decay="matrices": leaves of two dimensions or more, not counting the leading L of a scanned stack.
+
+    So biases, norms and (IA)3's vectors, whose rest is not at 0, are left alone.
+    """
+    return tree.map_with_path(lambda path, x: x.ndim - ("layers" in path.split("/")) >= 2, trainable)
 
 
 def _check(name: str, value: float, low: float, high: float = math.inf, closed: bool = False) -> None:

@@ -1,11 +1,13 @@
 """Plots: a run's curves from its metrics file, and a table of methods as accuracy against trainable parameters."""
 
+import io
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from research.errors import DataError
+from research.files import write_bytes
 from research.train.metrics import read
 
 
@@ -109,5 +111,6 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _save(figure: Any, png: str | Path) -> None:
-    Path(png).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(png)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    write_bytes(Path(png), drawn.getvalue())

@@ -8,6 +8,7 @@ Numerators and denominators are divided once, at the end, so that micro-batches,
 batch gives.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from research.errors import FlagError
 from research.peft import tree
 from research.tasks.loss import Loss
 from research.train.state import TrainState, merge
@@ -24,7 +26,7 @@ PyTree = Any
 LossFn = Callable[[PyTree, PyTree, jax.Array | None], Loss]
 Step = Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict[str, jax.Array]]]
 Over = Literal["map", "vmap"]
-RESERVED = ("loss", "penalty", "grad_norm", "weight", "finite")
+RESERVED = ("loss", "penalty", "grad_norm", "update_norm", "weight", "finite")
 PENALTY = 2**31 - 1  # its place in the random stream, which no micro-batch reaches
 
 
@@ -50,9 +52,14 @@ def make_step(
         clip_norm: bound of the global norm over trainable leaves.
 
     Metrics are fp32 scalars: `loss` (without penalty), `penalty` if there is one, `grad_norm` (before clipping),
-    `weight`, each metric of the task, and the bool `finite`. When the loss or the gradients are not finite, everything
-    but `state.step` comes back as it was. A batch of weight 0 has loss 0.
+    `update_norm` (of u, what is added to the weights), `weight`, each metric of the task, and the bool `finite`. When
+    loss, gradients or updates are not finite, everything but `state.step` comes back as it was. A batch of weight 0 has
+    loss 0.
+
+    Raises FlagError: clip_norm is not a finite number above 0.
     """
+    if clip_norm is not None and not 0 < clip_norm < math.inf:
+        raise FlagError(f"clip_norm={clip_norm} must be a finite number above 0")
 
     def gradients(state: TrainState, frozen: PyTree, batch: PyTree, rng: jax.Array) -> tuple[PyTree, Loss]:
         """Sums over the micro-batches: gradients of `loss.sum`, and the Loss itself."""
@@ -91,8 +98,6 @@ def make_step(
 
         grads = _keep(state.mask, grads)
         norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics.get("penalty", 0.0)) & jnp.isfinite(norm)
-        metrics |= {"grad_norm": norm, "weight": total.weight, "finite": finite}
         scale = 1.0 if clip_norm is None else jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
         grads = jax.tree.map(lambda g, w: (g * scale).astype(w.dtype), grads, state.trainable)
 
@@ -102,8 +107,12 @@ def make_step(
             updates = jax.tree.map(
                 lambda u, r: None if u is None else (u * r).astype(u.dtype), updates, factors, is_leaf=_hole
             )
-        trainable = optax.apply_updates(state.trainable, _keep(state.mask, updates))
-        extra = state.extra
+        updates = _keep(state.mask, updates)
+        moved = optax.tree.norm(jax.tree.map(_wide, updates))
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics.get("penalty", 0.0))
+        finite &= jnp.isfinite(norm) & jnp.isfinite(moved)
+        metrics |= {"grad_norm": norm, "update_norm": moved, "weight": total.weight, "finite": finite}
+        trainable, extra = optax.apply_updates(state.trainable, updates), state.extra
         if update:
             added = update(tree.combine(trainable["peft"], extra["peft"]), grads["peft"], state.step)
             trainable, extra = _put(trainable, added), _put(extra, added)

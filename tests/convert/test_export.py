@@ -118,7 +118,7 @@ def test_an_earlier_export_is_replaced_and_nothing_else(tmp_path):
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "config.json").write_text("{}")
-    with pytest.raises(ModelError, match="not an earlier export"):
+    with pytest.raises(ModelError, match="holds something else"):
         export_hf(mine, base.config, base.params)
     assert [p.name for p in mine.iterdir()] == ["config.json"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "out"]

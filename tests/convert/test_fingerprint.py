@@ -1,5 +1,6 @@
 """What a fingerprint is sensitive to, and what it is not."""
 
+import dataclasses
 import time
 
 import jax.numpy as jnp
@@ -7,6 +8,8 @@ import numpy as np
 import pytest
 
 from research.convert.fingerprint import fingerprint
+from research.models.bert import BertConfig
+from research.models.llama import LlamaConfig
 
 
 def tree() -> dict:
@@ -68,3 +71,34 @@ def test_quick_enough_for_a_hundred_million_bytes():
     start = time.perf_counter()
     fingerprint(big)
     assert time.perf_counter() - start < 2
+
+
+CONFIG = LlamaConfig(64, 16, 2, 4, 2, 4, 32, rope_scaling=("llama3", 8.0, 1.0, 4.0, 8192))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_scaling": None},
+        {"rope_scaling": ("llama3", 32.0, 1.0, 4.0, 8192)},
+        {"rope_theta": 5e5},
+        {"norm_eps": 1e-6},
+        {"sliding_window": 8},
+        {"num_kv_heads": 4},
+    ],
+)
+def test_the_same_weights_under_another_function_are_another_base(change):
+    other = dataclasses.replace(CONFIG, **change)
+    assert len({fingerprint(tree()), fingerprint(tree(), CONFIG), fingerprint(tree(), other)}) == 3
+
+
+def test_another_activation_is_another_base():
+    assert fingerprint(tree(), BertConfig()) != fingerprint(tree(), BertConfig(activation="relu"))
+
+
+def test_how_a_function_is_computed_and_written_down_does_not_matter():
+    other = dataclasses.replace(
+        CONFIG, dtype="bfloat16", param_dtype="bfloat16", scan=False, remat="full", family="mistral",
+        norm_eps=float(np.float32(CONFIG.norm_eps)), rope_theta=10000, rope_scaling=["llama3", 8, 1, 4, 8192.0],
+    )  # fmt: skip
+    assert fingerprint(tree(), other) == fingerprint(tree(), CONFIG)

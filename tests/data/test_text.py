@@ -1,3 +1,4 @@
+import errno
 import hashlib
 import json
 
@@ -145,6 +146,18 @@ def test_a_broken_file_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         text.load(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_a_file_without_permission_is_a_data_error(tmp_path, monkeypatch, name):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")  # root may read anything
+
+    (tmp_path / name).write_text("x")
+    monkeypatch.setattr("pathlib.Path.open", refuse)
+    with pytest.raises(DataError, match=rf"data file .*{name} cannot be read: Permission denied$") as error:
+        text.load(str(tmp_path / name))
+    assert error.value.exit_status == 3
 
 
 def test_missing_and_misspelt_sources_name_the_nearest(tmp_path):

@@ -17,11 +17,12 @@ class Outcome(NamedTuple):
     err: str
 
 
-def run(name: str, *arguments: str, stdin: str = "") -> Outcome:
+def run(name: str, *arguments: str, stdin: str | bytes = "") -> Outcome:
     """`python -m experiments.NAME ARGUMENTS`: exit status, stdout and stderr. The flags it defines are taken back."""
     before, argv, source = set(flags.FLAGS), sys.argv, sys.stdin
     out, err, status = io.StringIO(), io.StringIO(), 0
-    sys.argv, sys.stdin = [f"experiments/{name}.py", *arguments], io.StringIO(stdin)
+    typed = io.BytesIO(stdin.encode() if isinstance(stdin, str) else stdin)
+    sys.argv, sys.stdin = [f"experiments/{name}.py", *arguments], io.TextIOWrapper(typed)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             runpy.run_module(f"experiments.{name}", run_name="__main__")

@@ -1,5 +1,6 @@
 """`experiments.classify` and `experiments.merge` on the tiny model: train, resume, evaluate, predict, merge, refuse."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from experiments import classification
+from research.train.lock import lock
 from tests.experiments.script import refused, run
 
 TINY = [
@@ -80,8 +83,54 @@ def test_sigterm_saves_and_the_same_command_ends_with_the_same_adapter(trained: 
 
 
 def test_another_recipe_in_the_same_folder_is_refused(trained: Path):
+    before = (trained / "config.json").read_bytes()
     outcome = run("classify", *TINY, "--peft=lora", "--learning_rate=2e-2", f"--workdir={trained}")
-    refused(outcome, 4, "another run", "learning_rate")
+    refused(outcome, 2, "holds a run", "learning_rate=0.01, not 0.02", "--workdir")
+    assert (trained / "config.json").read_bytes() == before
+
+
+def test_a_folder_in_use_keeps_its_config(trained: Path):
+    before = (trained / "config.json").read_bytes()
+    with lock(trained):
+        outcome = run("classify", *TINY, "--peft=lora", "--learning_rate=1e-2", f"--workdir={trained}")
+    refused(outcome, 2, "in use")
+    assert (trained / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("stdin", "number", "fault"),
+    [("good\nbad\n\nfine\n", 3, "empty line"), (b"good\nbad\n\xff\xfe\n", 3, "not UTF-8"), ("", 0, "no line on stdin")],
+)
+def test_what_came_before_a_bad_line_is_answered(stdin, number: int, fault: str, trained: Path):
+    outcome = run("classify", f"--adapter={trained / 'adapter'}", "--mode=predict", stdin=stdin)
+    assert [json.loads(line)["text"] for line in outcome.out.splitlines()] == (["good", "bad"] if number else [])
+    refused(outcome, 3, fault, *([f"stdin:{number}"] if number else []))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"max_length": 4000}, "max_length=4000"),
+        ({"max_length": "48"}, "'max_length'"),
+        ({"classes": "negative"}, "'classes'"),
+        ({"classes": ["a", "b", "c"]}, "head/bias is (2,), expected (3,)"),
+        ({"spec": "prompt:length=1000000000"}, "does not fit"),
+    ],
+)
+def test_an_edited_adapter_is_refused(changes: dict, words: str, trained: Path, tmp_path: Path):
+    shutil.copytree(trained / "adapter", tmp_path / "adapter")
+    meta = tmp_path / "adapter" / "adapter.json"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | changes))
+    outcome = run("classify", f"--adapter={tmp_path / 'adapter'}", "--data=smoke")
+    refused(outcome, 2 if "max_length=" in words else 4, words)
+
+
+def test_a_model_without_a_tokenizer_is_refused(monkeypatch, tmp_path: Path):
+    real = classification.load
+    monkeypatch.setattr(
+        classification, "load", lambda name, **kw: dataclasses.replace(real(name, **kw), tokenizer=None)
+    )
+    refused(run("classify", *TINY, f"--workdir={tmp_path}"), 4, "smoke comes without a tokenizer")
 
 
 def test_merges_into_weights_that_predict_the_same(trained: Path, tmp_path: Path):
@@ -113,7 +162,12 @@ def test_what_is_no_change_of_weights_is_not_merged(tmp_path: Path):
         ([*TINY, "--batch_size=4000"], 2, ["4000"]),
         ([*TINY, "--micro_batches=5"], 2, ["micro_batches"]),
         ([*TINY, "--peft=prompt:length=600"], 2, ["virtual tokens", "positions"]),
+        ([*TINY, "--peft=prompt:length=1000000000"], 2, ["1000000000 virtual tokens", "positions"]),
+        ([*TINY, "--max_length=1000000000"], 2, ["max_length=1000000000", "at most max_length=128"]),
         (["--steps=0"], 2, ["steps"]),
+        (["--adapter="], 2, ["--adapter is empty"]),
+        (["--seed=-1"], 2, ["seed"]),
+        (["--seed=2147483648"], 2, ["seed"]),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], status: int, words: list[str], tmp_path: Path):

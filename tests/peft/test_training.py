@@ -10,12 +10,9 @@ import pytest
 from research.peft import method as peft
 from research.peft import registry, tree
 from tests import tiny
-from tests.peft.test_methods import CASES, every, names
+from tests.peft.test_methods import CASES, CHAIN, cases, every, names
 
-QUICK = {"lora", "prefix", "lora:rank=2+prefix:length=3,hidden=8+bitfit"}
-some = pytest.mark.parametrize(
-    ("spec", "family"), [pytest.param(*c, marks=[] if c[0] in QUICK else pytest.mark.slow) for c in CASES]
-)
+some = cases(slow=lambda spec: spec != "lora" and not spec.startswith(CHAIN))
 
 
 @functools.cache
@@ -126,7 +123,7 @@ def test_a_method_may_train_part_of_a_leaf(family):
 
 @pytest.mark.parametrize("start", ["random", "vocab"])
 def test_prompt_starts(start):
-    tokens = tiny.case(f"prompt:start={start}", "decoder").variables["peft"]["embed"]["prompt"]["prompt"].tokens
+    tokens = tiny.case(f"prompt:start={start}", "decoder").variables["peft"]["embed"]["prompt"]["prompt"].table
     table = tiny.params(tiny.DECODER)["embed"]["tokens"]["embedding"]
     rows = [int(jnp.argmin(jnp.abs(table - t).sum(axis=1))) for t in tokens]
     from_table = np.array_equal(table[np.array(rows)], tokens)

@@ -1,3 +1,4 @@
+import errno
 import subprocess
 import sys
 
@@ -28,3 +29,27 @@ with lock({str(tmp_path)!r}):
         assert f"pid {holder.pid}" in capsys.readouterr().err
     with lock(tmp_path):
         assert capsys.readouterr().err == ""
+
+
+def test_a_folder_that_cannot_be_used_is_named_in_one_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(FlagError, match=f"^the run folder {folder} is a file, or .*: choose another") as error:
+            lock(folder).__enter__()
+        assert "\n" not in str(error.value)
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("os.open", refuse)  # root may write anywhere
+    with pytest.raises(FlagError, match=f"cannot write to .*{tmp_path}: Permission denied. Choose another folder"):
+        lock(tmp_path).__enter__()
+
+
+def test_a_full_disk_is_locked_all_the_same(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.pwrite", full)
+    with lock(tmp_path), pytest.raises(FlagError, match="in use by another process"), lock(tmp_path):
+        pass

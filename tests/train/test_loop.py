@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -80,6 +81,37 @@ def test_a_finished_run_is_not_run_again(tmp_path):
     whole = train(tmp_path)
     again = train(tmp_path, batch=lambda k: pytest.fail("asked for a batch"))
     assert toy.same(again.state, whole.state) and again.history == whole.history
+
+
+def test_step_time_survives_a_resume_at_and_near_the_end(tmp_path):
+    first = train(tmp_path, steps=4, evaluating=False)
+    again = train(tmp_path, steps=4, evaluating=False)
+    assert again.step_ms == pytest.approx(first.step_ms, abs=2e-3) and again.seconds == first.seconds
+    near = train(tmp_path, steps=5, evaluating=False)  # one step, which does not count
+    assert near.step_ms == again.step_ms > 0
+
+
+def test_one_step_has_numbers_that_json_knows(tmp_path):
+    out = train(tmp_path, steps=1, evaluating=False)
+    assert json.dumps([out.step_ms, out.seconds], allow_nan=False) == "[0.0, 0.0]"
+    again = train(tmp_path, steps=1, evaluating=False)
+    assert (again.step_ms, again.seconds) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("masked, unit", [(True, "tokens"), (False, "rows")])
+def test_progress_counts_real_tokens_where_there_is_a_mask(monkeypatch, masked, unit):
+    shown = []
+    monkeypatch.setattr(metrics.Progress, "update", lambda self, *args: shown.append(args))
+    monkeypatch.setattr("statistics.median", lambda times: 0.5)
+    mask = np.arange(16 * 3).reshape(2, 8, 3) % 5 == 0
+
+    def batch(k):
+        return data(k) | ({"mask": mask} if masked else {})
+
+    train(steps=3, batch=batch, evaluating=False)
+    done, loss, rate, found = shown[-1]
+    work = mask.sum() if masked else data(2)["weight"].sum()
+    assert (done, found, rate) == (3, unit, 2 * work) and np.isfinite(loss)
 
 
 def test_more_steps_go_on_and_fewer_are_refused(tmp_path):

@@ -1,9 +1,11 @@
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
 
-from research.errors import DataError
+from research.errors import DataError, ModelError
 from research.train import metrics, plot
 
 
@@ -21,10 +23,41 @@ def test_rows_come_back_and_resume_drops_what_will_be_written_again(tmp_path):
     assert metrics.read(writer.path)[-1]["loss"] == 9.0
 
 
-def test_broken_line_is_named(tmp_path):
-    (tmp_path / "m").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
-    with pytest.raises(DataError, match="line 2"):
-        metrics.read(tmp_path / "m")
+def test_broken_rows_are_dropped_once_and_for_all_with_one_notice(tmp_path, capsys):
+    writer = metrics.Writer(tmp_path / "m")
+    writer.path.write_bytes(b'{"step": 1}\nnonsense\n17\n{"step": "x"}\n\0\xff\n{"step": 2}\n{"step": 3')
+    assert writer.resume(9) == [{"step": 1}, {"step": 2}]
+    notice = capsys.readouterr().err
+    assert notice.count("\n") == 1 and "4 broken rows" in notice and "line 2" in notice
+    assert writer.resume(9) == [{"step": 1}, {"step": 2}] and capsys.readouterr().err == ""
+    with pytest.raises(DataError, match="cannot read metrics"):
+        metrics.read(tmp_path / "none")
+
+
+def test_a_row_after_half_a_row_is_whole(tmp_path):
+    writer = metrics.Writer(tmp_path / "m")
+    writer.path.write_text('{"step": 1}\n{"st')
+    writer.write({"step": 2})
+    writer.write({"step": 3})
+    assert [r["step"] for r in metrics.read(writer.path)] == [1, 2, 3]
+
+
+def test_short_writes_are_gone_on_with(tmp_path, monkeypatch):
+    write = os.write
+    monkeypatch.setattr(metrics.os, "write", lambda handle, data: write(handle, data[:5]))
+    writer = metrics.Writer(tmp_path / "m")
+    writer.write({"step": 1, "loss": 0.25})
+    writer.write({"step": 2, "loss": 0.5})
+    assert [json.loads(line)["loss"] for line in writer.path.read_text().splitlines()] == [0.25, 0.5]
+
+
+def test_resume_that_cannot_write_keeps_the_rows(tmp_path, monkeypatch):
+    writer = metrics.Writer(tmp_path / "m")
+    writer.write({"step": 1})
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    with pytest.raises(ModelError, match="cannot write .*m: No space left"):
+        writer.resume(0)
+    assert metrics.read(writer.path) == [{"step": 1}] and [p.name for p in tmp_path.iterdir()] == ["m"]
 
 
 def test_nan_is_written_as_json(tmp_path):
@@ -49,9 +82,9 @@ def test_row_of_seeds_has_mean_and_list():
 
 
 def test_progress_is_plain_lines_without_a_terminal(capsys):
-    progress = metrics.Progress(0, 100, "lora", "tokens")
+    progress = metrics.Progress(0, 100, "lora")
     for k in range(1, 101):
-        progress.update(k, 0.5, 1234.0)
+        progress.update(k, 0.5, 1234.0, "tokens")
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 10 and lines[0].startswith("lora: step 10/100, loss 0.5000, 1,234 tokens/s")
 
@@ -65,6 +98,23 @@ def test_curve_draws_what_is_there(tmp_path):
     writer.write({"step": 2, "loss": float("nan"), "eval/accuracy": 0.5})
     plot.curve(writer.path, tmp_path / "c.png")
     assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_plot_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
+    figure, png = plot._figure(2, 2), tmp_path / "deep" / "c.png"
+    plot._save(figure, png)
+    before = png.read_bytes()
+
+    def cut(path, content):
+        with open(path, "wb") as file:
+            file.write(content[:10])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", cut)
+    figure.suptitle("new")
+    with pytest.raises(ModelError, match="cannot write .*c.png: No space left on device"):
+        plot._save(figure, png)
+    assert png.read_bytes() == before and [p.name for p in png.parent.iterdir()] == ["c.png"]
 
 
 def test_scatter_labels_do_not_cover_each_other(tmp_path, monkeypatch):

@@ -65,6 +65,27 @@ def test_decay_is_decoupled_and_spares_biases_and_norms(decay, kept):
     np.testing.assert_allclose(new["norm"]["scale"], kept, rtol=1e-6)
 
 
+def test_a_leaf_of_a_scanned_stack_is_judged_without_its_layers():
+    site = {
+        "ia3": {"scale": jnp.ones((3, 5))},  # (IA)3's vectors, [L, out]
+        "bottleneck": {"down": jnp.ones((3, 4, 2)), "down_bias": jnp.ones((3, 2))},  # [L, in, m], [L, m]
+        "lora": {"a": jnp.ones((3, 4, 2)), "hole": None},  # [L, in, r]
+    }
+    taken = {
+        "ia3": {"scale": False},
+        "bottleneck": {"down": True, "down_bias": False},
+        "lora": {"a": True, "hole": None},
+    }
+    assert optimizer.decayed({"peft": {"layers": {"q": site}}}) == {"peft": {"layers": {"q": taken}}}
+    one = jax.tree.map(lambda x: x[0], site)
+    assert optimizer.decayed({"peft": {"layers_0": {"q": one}}}) == {"peft": {"layers_0": {"q": taken}}}
+    tx = optimizer.make("sgd", 0.1, weight_decay=1.0)
+    trainable = {"peft": {"layers": {"q": site}}}
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, trainable), tx.init(trainable), trainable)
+    moved = jax.tree.map(lambda u: bool((u != 0).any()), updates)
+    assert moved == {"peft": {"layers": {"q": taken}}}
+
+
 @pytest.mark.parametrize(
     "options, text",
     [
@@ -72,6 +93,8 @@ def test_decay_is_decoupled_and_spares_biases_and_norms(decay, kept):
         ({"schedule": "cosin", "steps": 5}, "Did you mean 'cosine'"),
         ({"decay": "some"}, "Valid: all, matrices"),
         ({"learning_rate": -1.0}, "learning_rate=-1.0"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0 must be above 0"),
+        ({"learning_rate": float("inf")}, "learning_rate=inf must be a finite number"),
         ({"learning_rate": float("nan")}, "learning_rate=nan"),
         ({"schedule": "linear"}, "needs the number of steps"),
         ({"warmup": 11, "steps": 10}, "longer than steps=10"),

@@ -4,6 +4,7 @@ import numpy as np
 import optax
 import pytest
 
+from research.errors import FlagError
 from research.peft import tree
 from research.tasks.loss import Loss
 from research.train import optimizer, state, step
@@ -113,6 +114,12 @@ def test_clip_bounds_the_norm_of_the_whole_gradient():
     assert metrics["grad_norm"] > 0.01
 
 
+@pytest.mark.parametrize("bad", [-1, 0, float("nan"), float("inf")])
+def test_a_clip_norm_that_clips_nothing_or_turns_the_step_round_is_refused(bad):
+    with pytest.raises(FlagError, match=f"clip_norm={bad} must be a finite number above 0"):
+        step.make_step(toy.loss, optax.sgd(1.0), clip_norm=bad)
+
+
 def test_rates_multiply_updates():
     def rates(variables):
         return tree.map_with_path(lambda path, _: 16.0 if path.endswith("/b") else 1.0, variables)
@@ -183,6 +190,24 @@ def test_nothing_moves_when_not_finite(where):
     assert np.isfinite(metrics["loss"]) == (where == "gradient")
     assert toy.same((new.trainable, new.extra, new.opt_state), (s.trainable, s.extra, s.opt_state))
     assert int(new.step) == 1
+
+
+@pytest.mark.parametrize("factor", [jnp.inf, jnp.nan])
+def test_nothing_moves_when_the_update_alone_is_not_finite(factor):
+    rates = lambda v: jax.tree.map(lambda _: factor, v)  # noqa: E731
+    s, frozen, stepper = toy.setup(rates=rates)
+    before = jax.tree.map(jnp.copy, s)
+    new, metrics = toy.run((s, frozen, stepper), 1)
+    assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
+    assert not metrics["finite"] and not np.isfinite(metrics["update_norm"])
+    assert toy.same((new.trainable, new.opt_state), (before.trainable, before.opt_state))
+
+
+def test_update_norm_is_of_what_the_weights_moved():
+    s, frozen, stepper = toy.setup()
+    new, metrics = jax.jit(stepper)(s, frozen, toy.batch(0))
+    moved = jax.tree.map(jnp.subtract, new.trainable, s.trainable)
+    np.testing.assert_allclose(metrics["update_norm"], optax.tree.norm(moved), rtol=1e-4)
 
 
 def test_batch_without_weight_has_loss_zero():
