@@ -17,7 +17,7 @@ from research.convert.load import Pretrained
 from research.errors import FlagError
 from research.peft import registry
 
-# Method: (specification, peak learning rate). The rates were chosen on the validation tenth.
+# Method: (specification, peak learning rate). The rates are starting points; --tune tries their neighbours.
 ROWS = {
     "full": ("full", 1e-4),
     "linear_probe": ("linear_probe", 3e-2),

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from research.errors import ModelError
-from research.nn.sites import Node
+from research.nn.linear import Linear
+from research.nn.sites import LinearNode, Node
 from research.peft import adapter, registry, tree
 from research.peft import method as peft
 from research.peft.compose import chain
@@ -42,6 +43,51 @@ def test_both_orders_are_the_same_function():
     other = swap(one.point["peft"])
     assert tree.constant(other, 0) == tree.constant(two.point["peft"], 0)
     np.testing.assert_allclose(two.forward(two.point | {"peft": other}), one.forward(one.point), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", tiny.CONFIGS)
+def test_prefix_and_prompt_in_either_order(family):
+    parts = ["prefix:length=3,hidden=0", "prompt:length=2"]
+    one, two = (tiny.case("+".join(order), family) for order in (parts, parts[::-1]))
+    flat = {re.sub(r"/\d_", "/", path): leaf for path, leaf in tree.paths(one.point["peft"]).items()}
+    added = tree.map_with_path(lambda path, _: flat[re.sub(r"/\d_", "/", path)], two.point["peft"])
+    np.testing.assert_allclose(two.forward(two.point | {"peft": added}), one.forward(one.point), atol=1e-5)
+
+
+class Turn(LinearNode):
+    """x M, then W + N, then y M: no two of them commute."""
+
+    m: jax.Array
+    n: jax.Array
+    trained = ("m", "n")
+
+    def input(self, x, rng):
+        return x @ self.m
+
+    def weight(self, w, rng):
+        return w @ self.m + self.n
+
+    def output(self, x, y, rng):
+        return y @ self.m + self.n[0]
+
+    def fold_input(self, w):
+        return self.m @ w
+
+    def fold_output(self, w, bias):
+        return w @ self.m, bias @ self.m + self.n[0]
+
+
+def test_hooks_that_do_not_commute_fold_in_their_order():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    params = {"q": {"kernel": draw(3, 3), "bias": draw(3)}}
+    added = {"q": {f"{i}_turn": Turn(m=draw(3, 3), n=draw(3, 3)) for i in range(3)}}
+    x = draw(5, 3)
+    module = Linear(3, ("embed", "heads"))
+    merged = merge({"params": params, "peft": added})
+    expected = module.apply({"params": params["q"], "peft": added["q"]}, x)
+    np.testing.assert_allclose(module.apply({"params": merged["params"]["q"]}, x), expected, rtol=1e-3, atol=1e-3)
+    assert "peft" not in merged
 
 
 def test_keys_carry_the_place():

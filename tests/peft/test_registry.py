@@ -133,7 +133,6 @@ WRONG = {
     "ptuning_v2:length=0": "length=0 is out of range",
     "prompt:length=0": "length=0 is out of range",
     "prompt:start=vocabulary": "'vocabulary'. Did you mean 'vocab'",
-    "prompt:start=vocab,pool=3": "pool=3 is out of range",
     "no.such.module": "unknown PEFT method 'no.such.module'",
     "tests.peft.my_methods.nothing": "unknown PEFT method",
     "tests.peft.my_methods.helper": "unknown PEFT method",

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research.errors import FlagError
 from research.peft import method as peft
 from research.peft import registry, tree
 from tests import tiny
-from tests.peft.test_methods import CASES, CHAIN, cases, every, names
+from tests.peft.test_methods import CHAIN, cases, every
 
 some = cases(slow=lambda spec: spec != "lora" and not spec.startswith(CHAIN))
 
@@ -132,5 +133,9 @@ def test_prompt_starts(start):
     assert start == "vocab" or (jnp.abs(tokens).max() <= 0.5 and jnp.abs(tokens).max() > 0.45)
 
 
-def test_the_specs_cover_every_method():
-    assert set().union(*(names(spec) for spec, _ in CASES)) == set(registry.names())
+@pytest.mark.parametrize(
+    "spec", ["prompt:start=vocab,pool=3", "prompt:start=vocab,length=65", "prompt:start=vocab,pool=0"]
+)
+def test_a_vocabulary_start_needs_rows_enough(spec):
+    with pytest.raises(FlagError, match="vocabulary rows to draw from: at most"):
+        _ = tiny.Case(spec, "decoder").variables
