@@ -31,6 +31,7 @@ ROWS = {
     "pfeiffer": ("pfeiffer:width=64", 1e-3),
     "houlsby": ("houlsby:width=64", 1e-3),
 }
+NINE = "full,linear_probe,bitfit,prompt,ptuning_v2,ia3,lora,pfeiffer,houlsby"
 
 
 @dataclass(frozen=True)

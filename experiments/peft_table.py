@@ -54,7 +54,9 @@ def define_flags() -> None:
     """Only where this is the script: other scripts' flags have the same names."""
     common.model_flags("minilm-l6")
     flags.DEFINE_string("data", "vader/movie", "Packaged set, file with text and label columns, or hub id.")
-    flags.DEFINE_string("methods", "all", "Names, or specifications apart by semicolons, each with an optional @rate.")
+    flags.DEFINE_string(
+        "methods", entries.NINE, "Names, 'all', or specifications apart by semicolons; each with @rate."
+    )
     flags.DEFINE_integer("seeds", 3, "Runs of each method.", lower_bound=1)
     flags.DEFINE_enum("preset", "quick", list(PRESETS), "Defaults of --steps, --batch_size and --max_length.")
     common.recipe_flags(steps=None, batch_size=None, max_length=None)

@@ -61,8 +61,11 @@ def dot(x: jax.Array, w: Any) -> jax.Array:
 
 
 def _folds(tokens: int, w: jax.Array) -> bool:
-    """Folding W + AB costs one pass over W; it pays where many tokens share it, not in decoding."""
-    return tokens * (w.shape[0] + w.shape[1]) >= w.shape[0] * w.shape[1]
+    """Folding W + AB costs one pass over W; it pays where many tokens share it, not in decoding.
+
+    In half precision the sum would round most of a small AB away, so there the products stay apart.
+    """
+    return w.dtype.itemsize >= 4 and tokens * (w.shape[0] + w.shape[1]) >= w.shape[0] * w.shape[1]
 
 
 def _forward(x: jax.Array, w: Any, a: jax.Array, b: jax.Array) -> jax.Array:

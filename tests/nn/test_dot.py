@@ -148,3 +148,16 @@ def test_bf16_activations_with_fp32_weights(tokens):
         w, a, b
     )
     assert [g.dtype for g in grads] == [jnp.float32] * 3
+
+
+@TOKENS
+def test_a_small_update_survives_half_precision(tokens):
+    """bf16 holds 1 + 1/500 as 1: in W + AB the update would be gone, in its own product it is not."""
+    sign = jnp.where(jnp.arange(D_IN) % 2 == 0, 1.0, -1.0)
+    x = jnp.tile(sign, (tokens, 1)).astype(jnp.bfloat16)  # x W = 0 for a constant W
+    a, b = sign[:, None], jnp.full((1, D_OUT), 0.002)
+    w = jnp.ones((D_IN, D_OUT))
+    np.testing.assert_allclose(deferred(x, w, a, b).astype(jnp.float32), D_IN * 0.002, rtol=0.01)
+    dx = jax.grad(lambda x: deferred(x, w, a, b).astype(jnp.float32).sum())(x).astype(jnp.float32)
+    np.testing.assert_allclose(dx, jnp.tile(D_OUT * (1 + 0.002 * sign), (tokens, 1)), rtol=0.01)
+    assert deferred(x.astype(jnp.float32), w, a, b).dtype == jnp.float32
