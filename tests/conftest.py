@@ -1,4 +1,4 @@
-"""Eight fake CPU devices, quick compilation, and no network, for the whole session."""
+"""Eight fake CPU devices, quick compilation and no hub, for every test."""
 
 import os
 

@@ -10,6 +10,7 @@ import pytest
 from research.errors import FlagError
 from research.peft import method as peft
 from research.peft import registry, tree
+from research.train.checkpoint import Checkpointer
 from tests import tiny
 from tests.peft.test_methods import CHAIN, cases, every
 
@@ -60,6 +61,22 @@ def test_every_trained_leaf_has_a_gradient_within_two_steps(spec, family):
 @every
 def test_one_compilation_serves_every_step(spec, family):
     assert trained(spec, family)[-1] == 1
+
+
+@every
+def test_a_resumed_run_is_one_never_stopped(spec, family, tmp_path):
+    case, checkpoints = tiny.case(spec, family), Checkpointer(tmp_path)
+    batches = [tiny.micro(tiny.batch(seed=step), 1) for step in range(4)]
+    unbroken, frozen = case.start()
+    for step, batch in enumerate(batches):
+        if step == 2:
+            checkpoints.save(step, unbroken, {})
+        unbroken, _ = case.step(unbroken, frozen, batch)
+    resumed, _ = checkpoints.restore(2, case.start()[0])
+    for batch in batches[2:]:
+        resumed, _ = case.step(resumed, frozen, batch)
+    for part in ("step", "trainable", "extra", "opt_state"):
+        assert tiny.same(getattr(unbroken, part), getattr(resumed, part)), part
 
 
 @some
