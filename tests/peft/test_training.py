@@ -63,7 +63,7 @@ def test_one_compilation_serves_every_step(spec, family):
     assert trained(spec, family)[-1] == 1
 
 
-@every
+@some
 def test_a_resumed_run_is_one_never_stopped(spec, family, tmp_path):
     case, checkpoints = tiny.case(spec, family), Checkpointer(tmp_path)
     batches = [tiny.micro(tiny.batch(seed=step), 1) for step in range(4)]
