@@ -127,7 +127,7 @@ def start(base: Pretrained, spec: str, classes: int, recipe: Recipe, seeds: int 
     one = step.make_step(loss, tx, clip_norm=recipe.clip_norm, **hooks)
 
     def predict(state: states.TrainState, frozen: Variables, batch: dict) -> jax.Array:
-        variables = adapter.realised(method, state.variables(frozen), sites)
+        variables = peft.realised(method, state.variables(frozen), sites)
         return jnp.argmax(classify.logits(base.model, variables, batch), axis=-1)
 
     return Run(
@@ -160,7 +160,7 @@ def check(base: Pretrained, spec: str) -> PyTree:
     added = jax.eval_shape(lambda: peft.init(method, jax.random.key(0), sites))
     if method.fit is None:  # else it may choose what trains
         peft.mask(method, {"params": base.params, "peft": added, "head": head_shapes(base, 1)})
-    realise = lambda x: adapter.realised(method, {"params": base.params, "peft": x}, sites)["peft"]  # noqa: E731
+    realise = lambda x: peft.realised(method, {"params": base.params, "peft": x}, sites)["peft"]  # noqa: E731
     return jax.eval_shape(realise, added)
 
 

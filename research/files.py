@@ -68,6 +68,12 @@ def replace_directory(
         raise ModelError(f"cannot write {directory}: {error.strerror or error}; nothing written.") from error
 
 
+def os_error(error: Exception, what: str) -> OSError:
+    """The OSError behind a failed write of a Rust library (safetensors, tokenizers), which raises a type of its own."""
+    full = f"os error {errno.ENOSPC}" in str(error)
+    return OSError(errno.ENOSPC if full else errno.EIO, f"{what}: {error}")
+
+
 def _recover(directory: Path) -> None:
     """Clears the scratch folders of killed processes."""
     for scratch in directory.parent.glob(f".{glob.escape(directory.name)}-*"):

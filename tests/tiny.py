@@ -16,8 +16,8 @@ from research.models import stack
 from research.models.bert import BertConfig
 from research.models.llama import LlamaConfig
 from research.models.registry import build
-from research.peft import adapter, registry, tree
 from research.peft import method as peft
+from research.peft import registry, tree
 from research.tasks import classify, lm
 from research.train import state
 from research.train.step import make_step
@@ -99,7 +99,7 @@ class Case:
 
     def stepper(self, tx: optax.GradientTransformation | None = None) -> Any:
         m = self.method
-        realise = lambda v: adapter.realised(m, v, self.sites)  # noqa: E731
+        realise = lambda v: peft.realised(m, v, self.sites)  # noqa: E731
         return make_step(
             self.loss,
             tx or optimizer(),
@@ -141,7 +141,7 @@ class Case:
         method = "__call__" if self.family == "encoder" else "logits"
 
         def forward(variables: dict, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-            v = adapter.realised(self.method, variables, self.sites)
+            v = peft.realised(self.method, variables, self.sites)
             return self.model.apply({k: v[k] for k in ("params", "peft") if k in v}, tokens, mask, method=method)
 
         return jax.jit(forward)

@@ -1,6 +1,5 @@
 """Writes a directory that `transformers` loads: model.safetensors, config.json and the tokenizer's files."""
 
-import errno
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -121,8 +120,7 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     except OSError:
         raise
     except Exception as e:  # the tokenizers library reports a failed write as a bare Exception
-        full = f"os error {errno.ENOSPC}" in str(e)
-        raise OSError(errno.ENOSPC if full else errno.EIO, f"tokenizer not saved: {e}") from e
+        raise files.os_error(e, "tokenizer not saved") from e
 
 
 def _is_export(directory: Path) -> bool:

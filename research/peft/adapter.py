@@ -8,7 +8,6 @@ realises. Loading rebuilds the structure from the specification and is strict: a
 one whose numbers would be rounded, and another base are errors.
 """
 
-import errno
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.errors import ModelError, UserError
-from research.files import replace_directory
+from research.files import os_error, replace_directory
 from research.peft import method as peft
 from research.peft import registry, tree
 from research.peft.method import REPARAM, Method, PyTree, Sites, Variables
@@ -37,11 +36,6 @@ class Adapter:
     leaves: dict[str, np.ndarray]
 
 
-def realised(method: Method, variables: Variables, sites: Sites) -> Variables:
-    """The variables that the model is applied with."""
-    return variables if method.realise is None else method.realise(variables, sites)
-
-
 def save(
     directory: str | Path, spec: str, variables: Variables, sites: Sites, base: dict[str, str], **meta: Any
 ) -> int:
@@ -56,7 +50,7 @@ def save(
     directory, method = Path(directory), registry.parse(spec)
     mask = peft.mask(method, variables)
     trained_base, _ = tree.partition(variables["params"], mask["params"])
-    kept = {k: v for k, v in realised(method, variables, sites).items() if k in ("peft", "head")} | {
+    kept = {k: v for k, v in peft.realised(method, variables, sites).items() if k in ("peft", "head")} | {
         "params": trained_base
     }
     leaves = {path: np.asarray(x) for path, x in tree.paths(kept).items()}
@@ -65,9 +59,8 @@ def save(
     def fill(folder: Path) -> None:
         try:
             save_file(leaves, folder / WEIGHTS)
-        except SafetensorError as error:  # its own name for a failed write
-            full = f"os error {errno.ENOSPC}" in str(error)
-            raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
+        except SafetensorError as error:
+            raise os_error(error, "weights not saved") from error
         (folder / META).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     replace_directory(
@@ -143,7 +136,7 @@ def attach(
     added = jax.eval_shape(lambda: peft.init(adapter.method, jax.random.key(0), sites))
     mask = peft.mask(adapter.method, {"params": params, "peft": added, "head": {"bias": jnp.zeros(1)}})
     trained, rest = tree.partition(params, mask["params"])
-    saved = jax.eval_shape(lambda x: realised(adapter.method, {"params": params, "peft": x}, sites)["peft"], added)
+    saved = jax.eval_shape(lambda x: peft.realised(adapter.method, {"params": params, "peft": x}, sites)["peft"], added)
     saved.pop(REPARAM, None)
     if head is None:
         head = tree.unflatten({p: x for p, x in adapter.leaves.items() if p.startswith("head/")}).get("head")

@@ -1,7 +1,9 @@
-"""Full fine-tuning: every parameter of the base trains. The baseline of every table, and a method like any other.
+"""Full fine-tuning: every parameter of the base trains.
 
-before  {"params": base}
-after   {"params": base (all trained)}
+    before  {"params": base}
+    after   {"params": base (all trained)}
+
+The baseline of every table, and a method like any other.
 """
 
 from research.peft.method import Method, base_leaves

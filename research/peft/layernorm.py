@@ -1,8 +1,10 @@
 """LayerNorm tuning: only the norms' gains and biases train (Zhao et al., arXiv 2312.11420; the LN rows of arXiv
 1902.00751).
 
-before  {"params": {..., "attn_norm": {"scale", "bias"}}}
-after   {"params": {..., "attn_norm": {"scale" (trained), "bias" (trained)}}}
+    before  {"params": {..., "attn_norm": {"scale", "bias"}}}
+    after   {"params": {..., "attn_norm": {"scale" (trained), "bias" (trained)}}}
+
+Every norm of the model: those of the layers, of the embeddings, and the last one.
 """
 
 from research.peft.method import Method, PyTree, Variables, base_leaves

@@ -1,7 +1,9 @@
-"""Linear probe: nothing but the task's head trains. The floor of every table.
+"""Linear probe: nothing but the task's head trains.
 
-before  {"params": base, "head": ...}
-after   {"params": base, "head": ... (trained)}
+    before  {"params": base, "head": ...}
+    after   {"params": base, "head": ... (trained)}
+
+The floor of every table.
 """
 
 from research.peft.method import Method

@@ -77,6 +77,11 @@ def init(method: Method, rng: jax.Array, sites: Sites) -> PyTree:
     return added
 
 
+def realised(method: Method, variables: Variables, sites: Sites) -> Variables:
+    """The variables that the model is applied with."""
+    return variables if method.realise is None else method.realise(variables, sites)
+
+
 def init_axes(method: Method, sites: Sites) -> PyTree:
     """The logical axes of the added subtree."""
     return axes(jax.eval_shape(lambda: method.init(jax.random.key(0), sites)))

@@ -85,7 +85,7 @@ def test_a_prefix_is_the_same_scanned_and_unrolled(layers):
 
     cases = [tiny.case("prefix:length=3,hidden=8", "decoder", num_layers=layers, scan=scan) for scan in (True, False)]
     added = {"params": {}, "peft": cases[0].variables["peft"]}
-    scanned, unrolled = (adapter.realised(case.method, added, case.sites)["peft"] for case in cases)
+    scanned, unrolled = (peft.realised(case.method, added, case.sites)["peft"] for case in cases)
     tiny.close(unstack(scanned), unrolled, 1e-6)
 
 

@@ -10,8 +10,8 @@ import pytest
 from research.errors import ModelError
 from research.nn.linear import Linear
 from research.nn.sites import LinearNode, Node
-from research.peft import adapter, registry, tree
 from research.peft import method as peft
+from research.peft import registry, tree
 from research.peft.compose import chain
 from research.peft.lora import lora
 from research.peft.merge import merge
@@ -130,7 +130,7 @@ def test_a_part_that_cannot_merge_keeps_its_place():
 
 def test_realise_sees_its_own_part_only():
     case = tiny.case("lora:rank=2+prefix:length=3,hidden=8", "decoder")
-    added = adapter.realised(case.method, case.point, case.sites)["peft"]
+    added = peft.realised(case.method, case.point, case.sites)["peft"]
     assert set(added) == {"layers", "embed"}, "the MLP is gone"
     assert set(added["layers"]["attn"]["kv"]) == {"1_prefix"} and set(added["embed"]["prompt"]) == {"1_prefix"}
     assert tiny.same(added["layers"]["attn"]["q"], case.point["peft"]["layers"]["attn"]["q"])

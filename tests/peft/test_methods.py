@@ -119,7 +119,7 @@ def test_padding_and_neighbours_change_nothing(spec, family):
 def test_save_and_load_under_any_name(spec, family, tmp_path):
     case = tiny.case(spec, family)
     base, point = {"name": "tiny", "fingerprint": "f" * 64}, case.point
-    output = case.forward(adapter.realised(case.method, point, case.sites))
+    output = case.forward(peft.realised(case.method, point, case.sites))
     np.testing.assert_allclose(case.forward(point), output, atol=1e-5)
     for name in ("0", "self_attn", "lora", "default"):
         size = adapter.save(tmp_path / name, spec, point, case.sites, base, classes=["a", "b", "c"])
