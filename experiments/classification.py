@@ -1,7 +1,7 @@
 """From a base, a method and sentences to a trained state: the pieces that `classify` and `peft_table` share."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,7 +78,9 @@ def load_data(source: str, tokenizer: Any, max_length: int) -> Data:
 
 
 class Run(NamedTuple):
-    """A method on a base, ready to train. `state` has a leading seed axis where several seeds were given."""
+    """A method on a base, ready to train. `state` has a leading seed axis where several seeds were given; `mask` is the
+    first one's.
+    """
 
     method: Method
     sites: Sites
@@ -90,41 +92,52 @@ class Run(NamedTuple):
     predict: Callable[..., jax.Array]
 
 
-def start(base: Pretrained, spec: str, classes: int, recipe: Recipe, seeds: int | Sequence[int]) -> Run:
-    """Attaches the method and a head; `check` comes first.
+def start(
+    base: Pretrained, spec: str, classes: int, data: dict[str, np.ndarray], recipe: Recipe, seeds: int | Sequence[int]
+) -> Run:
+    """Attaches the method and a head; `check` comes first. `data` is the training part, for a method that fits to it.
 
     A sequence of seeds makes one program of as many runs: own adapters, heads, optimiser states and data order, one
     base.
     """
-    method, sites = registry.parse(spec), peft.sites(base.model)
+    method, sites = registry.parse(spec, base.tokenizer), peft.sites(base.model)
     several, tx = not isinstance(seeds, int), recipe.tx()
-    rngs = [jax.random.key(seed) for seed in (seeds if several else [seeds])]
+    seeds = list(seeds) if several else [seeds]
+    loss = classify.loss(base.model)
 
     @jax.jit
     def new(rng: jax.Array) -> Variables:
         return {"peft": peft.init(method, fold(rng, "peft"), sites), "head": head(base, classes, fold(rng, "head"))}
 
-    runs = [{"params": base.params} | new(rng) for rng in rngs]
-    if method.fit is not None:
-        runs = [method.fit(fold(rng, "fit"), variables, None, None) for rng, variables in zip(rngs, runs, strict=True)]
-    mask = peft.mask(method, runs[0])
+    def fitted(seed: int) -> Variables:
+        rng = jax.random.key(seed)
+        variables, feed = {"params": base.params} | new(rng), batches(data, replace(recipe, micro_batches=1), seed)
+        if method.fit is None:
+            return variables
+        one = lambda i: {name: leaf[0] for name, leaf in feed(i).items()}  # noqa: E731
+        fitted = method.fit(fold(rng, "fit"), variables, realising(method, sites, loss), one)
+        return fitted | {"params": base.params}
+
+    runs = [fitted(seed) for seed in seeds]
+    masks = [peft.mask(method, run) for run in runs]
+    mask, elements = states.split_masks(masks)
 
     @jax.jit
-    def begin(params: Any, added: Variables, rng: jax.Array) -> states.TrainState:
+    def begin(params: Any, added: Variables, elements: Any, rng: jax.Array) -> states.TrainState:
         trainable, extra, _ = states.split({"params": params} | added, mask)
-        return states.create(trainable, tx, fold(rng, "train"), extra, mask)
+        return states.create(trainable, tx, fold(rng, "train"), extra, elements)
 
     added = [{k: v for k, v in run.items() if k != "params"} for run in runs]
+    rngs = [jax.random.key(seed) for seed in seeds]
     if several:
-        stacked = jax.tree.map(lambda *xs: jnp.stack(xs), *added)
-        state = jax.jit(jax.vmap(begin, in_axes=(None, 0, 0)))(base.params, stacked, jnp.stack(rngs))
+        stacked = [jax.tree.map(lambda *xs: jnp.stack(xs), *trees) for trees in (added, elements, rngs)]
+        state = jax.jit(jax.vmap(begin, in_axes=(None, 0, 0, 0)))(base.params, *stacked)
     else:
-        state = begin(base.params, added[0], rngs[0])
+        state = begin(base.params, added[0], elements[0], rngs[0])
     frozen = states.split(runs[0], mask)[2]
-    loss = classify.loss(base.model)
     realise = None if method.realise is None else lambda v: method.realise(v, sites)
     hooks = {"realise": realise, "penalty": method.penalty, "update": method.update, "rates": method.rates}
-    one = step.make_step(loss, tx, clip_norm=recipe.clip_norm, **hooks)
+    one = step.make_step(method.task(loss) if method.task else loss, tx, clip_norm=recipe.clip_norm, **hooks)
 
     def predict(state: states.TrainState, frozen: Variables, batch: dict) -> jax.Array:
         variables = peft.realised(method, state.variables(frozen), sites)
@@ -133,13 +146,18 @@ def start(base: Pretrained, spec: str, classes: int, recipe: Recipe, seeds: int 
     return Run(
         method,
         sites,
-        mask,
+        masks[0],
         state,
         frozen,
         step.over_seeds(one) if several else one,
         step.make_eval(loss, realise=realise, seeds=several),
         jax.jit(step.over_seeds(predict, shared_batch=True) if several else predict),
     )
+
+
+def realising(method: Method, sites: Sites, loss: step.LossFn) -> step.LossFn:
+    """The loss of variables that are not realised yet."""
+    return lambda variables, batch, rng: loss(peft.realised(method, variables, sites), batch, rng)
 
 
 def head(base: Pretrained, classes: int, rng: jax.Array) -> dict[str, jax.Array]:

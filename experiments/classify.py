@@ -94,7 +94,7 @@ def train(values: Any) -> None:
         base = load_base(values.model or DEFAULT_MODEL, dtype=values.dtype, remat=values.remat)
         check_length(base, check(base, values.peft), recipe.max_length)
         data = load_data(values.data, base.tokenizer, recipe.max_length)
-        run = start(base, values.peft, len(data.class_names), recipe, values.seed)
+        run = start(base, values.peft, len(data.class_names), data.train, recipe, values.seed)
         trainable, total = counts(run)
         print(
             f"{base.name}, {values.peft}: {trainable:,} of {total:,} parameters train "

@@ -163,7 +163,7 @@ def tuned(entry: Entry, base: Pretrained, data: Data, recipe: Recipe, identity: 
         }
         found = common.read_json(path, identity=dict, accuracy=float) if path.exists() else {}
         if found.get("identity") != mine:
-            run = start(base, entry.spec, len(data.class_names), trial, 0)
+            run = start(base, entry.spec, len(data.class_names), data.train, trial, 0)
             try:
                 result, _ = fit(run, data, trial, 0, f"{entry.name} at {rate:g}")
                 found = {"accuracy": evaluator(run, data.validation)(result.state)["accuracy"]}
@@ -204,7 +204,7 @@ def fit(
 def timing(entry: Entry, base: Pretrained, data: Data, recipe: Recipe, seeds: list[int], steps: int = 12) -> Row:
     """The timing columns from a dozen steps."""
     short = replace(recipe, steps=steps, learning_rate=entry.rate)
-    run = start(base, entry.spec, len(data.class_names), short, seeds)
+    run = start(base, entry.spec, len(data.class_names), data.train, short, seeds)
     result, _ = fit(run, data, short, seeds, f"{entry.name}, timing")
     return {"step_ms": result.step_ms / len(seeds), "train_s": recipe.steps * result.step_ms / 1000 / len(seeds)}
 
@@ -214,7 +214,7 @@ def train(
 ) -> Row:
     """Trains all seeds of a method in one program, evaluates them on the test part and saves each one's adapter."""
     recipe = replace(recipe, learning_rate=entry.rate)
-    run = start(base, entry.spec, len(data.class_names), recipe, seeds)
+    run = start(base, entry.spec, len(data.class_names), data.train, recipe, seeds)
     trainable, total = counts(run)
     result, memory = fit(run, data, recipe, seeds, entry.name, where, identity)
     found = predictions(run, result.state, data.test)

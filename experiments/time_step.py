@@ -82,7 +82,7 @@ def timer(base: Pretrained, spec: str, recipe: Recipe, seeds: int | Sequence[int
         "labels": rng.integers(0, 2, shape[0], np.int32),
     }
     seeds = seeds if isinstance(seeds, int) else list(seeds)
-    run, feed = start(base, spec, 2, recipe, seeds), batches(data, recipe, seeds)(0)
+    run, feed = start(base, spec, 2, data, recipe, seeds), batches(data, recipe, seeds)(0)
     compiled, state = step.compile(run.step, run.state, run.frozen, feed), run.state
 
     def seconds() -> float:

@@ -16,9 +16,11 @@ from research.models import stack
 from research.models.bert import BertConfig
 from research.models.llama import LlamaConfig
 from research.models.registry import build
+from research.nn.on import On
 from research.peft import method as peft
 from research.peft import registry, tree
 from research.tasks import classify, lm
+from research.tasks.loss import model_variables
 from research.train import state
 from research.train.step import make_step
 
@@ -94,7 +96,8 @@ class Case:
         self.sites = peft.sites(self.model)
         # The decoder learns to predict tokens, unless the method needs a head to have anything to train.
         self.has_head = family == "encoder" or "linear_probe" in spec
-        self.loss = (classify if self.has_head else lm).loss(self.model)
+        self.plain_loss = (classify if self.has_head else lm).loss(self.model)
+        self.loss = self.method.task(self.plain_loss) if self.method.task else self.plain_loss
         self.step = jax.jit(self.stepper(), donate_argnums=(0,))
 
     def stepper(self, tx: optax.GradientTransformation | None = None) -> Any:
@@ -112,13 +115,16 @@ class Case:
     @functools.cached_property
     def variables(self) -> dict:
         """A fresh one."""
-        added = peft.init(self.method, jax.random.key(1), self.sites)
+        added = jax.jit(lambda rng: peft.init(self.method, rng, self.sites))(jax.random.key(1))
         variables = {"params": params(self.config), "peft": added}
         if self.has_head:
             head = classify.init_head(jax.random.key(2), self.config.hidden_size, CLASSES)
             variables["head"] = jax.tree.map(lambda x: 20 * x + 0.1, head)
         if self.method.fit:
-            variables = self.method.fit(jax.random.key(3), variables, self.loss, [batch()])
+            realised = lambda v: peft.realised(self.method, v, self.sites)  # noqa: E731
+            loss = lambda v, data, rng: self.plain_loss(realised(v), data, rng)  # noqa: E731
+            variables = self.method.fit(jax.random.key(3), variables, loss, lambda i: batch(seed=i))
+            assert tree.paths(variables["params"]) == tree.paths(params(self.config)), "fit leaves the base alone"
         return variables
 
     @functools.cached_property
@@ -132,9 +138,18 @@ class Case:
         zeros of the initialisation no longer hide anything.
         """
         moved = noise(self.variables)
-        trained, _ = tree.partition(moved, self.mask)
-        _, rest = tree.partition(self.variables, self.mask)
-        return tree.combine(trained, rest) | {"peft": moved["peft"]}
+        only = lambda new, old, m: jnp.where(m, new, old) if tree.trains(m) else old  # noqa: E731
+        trained = jax.tree.map(only, moved, self.variables, self.mask)
+        frozen = tree.partition(moved["peft"], self.mask["peft"])[1]
+        return trained | {"peft": tree.combine(frozen, trained["peft"])}
+
+    def point_on(self, path: str) -> Any:
+        """Whether a layer of an added leaf has a say: always, but for a node that is off there (and, with LoRA's B = 0
+        in what did not train, for switching that one on).
+        """
+        nodes = tree.paths(self.point["peft"], is_leaf=peft.is_node)
+        node = next(node for name, node in nodes.items() if path.startswith(f"{name}/"))
+        return lambda layer: not isinstance(node, On) or layer in node.layers
 
     @functools.cached_property
     def _forward(self) -> Any:
@@ -142,7 +157,7 @@ class Case:
 
         def forward(variables: dict, tokens: jax.Array, mask: jax.Array) -> jax.Array:
             v = peft.realised(self.method, variables, self.sites)
-            return self.model.apply({k: v[k] for k in ("params", "peft") if k in v}, tokens, mask, method=method)
+            return self.model.apply(model_variables(v), tokens, mask, method=method)
 
         return jax.jit(forward)
 

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from research.errors import ModelError
 from research.nn.attention import Attention
 from research.nn.embed import Embed
 from research.nn.layers import apply_layers
@@ -82,6 +83,8 @@ class Embeddings(nn.Module):
         x = Embed(c.vocab_size, c.hidden_size, name="tokens", **t)(tokens)
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
         x, mask, positions = Prompt(name="prompt")(x, mask, positions)
+        if x.shape[1] > (most := c.max_positions - c.position_offset):
+            raise ModelError(f"{x.shape[1]} tokens are more than the model's {most} positions: cut them.")
         types = (
             jnp.zeros_like(positions) if types is None else jnp.pad(types, ((0, 0), (x.shape[1] - types.shape[1], 0)))
         )
@@ -143,14 +146,14 @@ class Bert(nn.Module):
     def __call__(self, tokens: jax.Array, mask: jax.Array | None = None, types: jax.Array | None = None) -> jax.Array:
         """tokens, mask (1 real, 0 pad), types int [B, T] -> hidden [B, T, D].
 
-        Positions count real tokens, so that padding on either side changes no real token's result.
+        Positions count real tokens, so that padding on either side changes no real token's result. ModelError for more
+        tokens than positions: a table would give NaN for what it does not have.
         """
         mask = jnp.ones_like(tokens) if mask is None else mask
-        x, slots = self.embed(tokens, mask, types)
-        x, layers = apply_layers(
-            self.layers, self.config, x, slots[:, None, :].astype(bool), collect=self.outputs.occupied
-        )
-        x = self.outputs(x, layers)[:, -tokens.shape[1] :]
+        embedded, slots = self.embed(tokens, mask, types)
+        seen = slots[:, None, :].astype(bool)
+        x, layers = apply_layers(self.layers, self.config, embedded, seen, collect=self.outputs.occupied)
+        x = self.outputs(x, layers, embedded, seen)[:, -tokens.shape[1] :]
         if self.config.pooler and self.is_initializing():
             self.pooler(x[:, 0])
         return x

@@ -204,12 +204,11 @@ class Llama(nn.Module):
         """
         c = self.config
         mask = jnp.ones_like(tokens) if mask is None else mask
-        x, slots, positions = self.embed(tokens, mask)
+        embedded, slots, positions = self.embed(tokens, mask)
         cos, sin = angles(positions, frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
-        x, layers = apply_layers(
-            self.layers, c, x, causal(slots, positions, c.sliding_window), cos, sin, collect=self.outputs.occupied
-        )
-        x = self.norm(self.outputs(x, layers)[:, -tokens.shape[1] :])
+        seen = causal(slots, positions, c.sliding_window)
+        x, layers = apply_layers(self.layers, c, embedded, seen, cos, sin, collect=self.outputs.occupied)
+        x = self.norm(self.outputs(x, layers, embedded, seen)[:, -tokens.shape[1] :])
         if self.is_initializing():
             self.unembed(x[:, :1])
         return x

@@ -4,6 +4,7 @@ import flax.linen as nn
 
 from research.errors import ModelError, did_you_mean
 from research.models import bert, llama
+from research.nn.layers import REMAT
 
 Config = bert.BertConfig | llama.LlamaConfig
 
@@ -20,5 +21,7 @@ def preset(name: str) -> Config:
 
 
 def build(config: Config) -> nn.Module:
-    """The module of a configuration."""
+    """The module of a configuration. ModelError for a remat policy that there is not."""
+    if config.remat not in REMAT:
+        raise ModelError(f"unknown remat policy {config.remat!r}.{did_you_mean(config.remat, REMAT)}")
     return _MODULES[type(config)](config)

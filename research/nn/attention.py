@@ -45,16 +45,24 @@ class Attention(nn.Module):
             k = RMSNorm(self.qk_norm_eps, param_dtype=self.param_dtype, name="k_norm")(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        k, v, mask = KeysValues(name="kv")(k, v, mask, x, lambda h: (heads(project_k(h)), heads(project_v(h))))
-        y = attend(q, k, v, mask, self.dropout, training_rng(self))
+        kv, project = KeysValues(name="kv"), lambda h: (heads(project_k(h)), heads(project_v(h)))
+        k, v, mask, gate = kv(k, v, mask, x, project)
+        y = attend(q, k, v, mask, self.dropout, training_rng(self), gate)
+        y = kv.attended(q, y, x, project)
         return Linear(x.shape[-1], ("heads", "embed"), self.out_bias, name="o", **types)(y)
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, rate: float = 0.0, rng: jax.Array | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: jax.Array,
+    rate: float = 0.0,
+    rng: jax.Array | None = None,
+    gate: jax.Array | None = None,
 ) -> jax.Array:
     """q [B, T, H, K], k and v [B, S, kv_heads, K], mask bool [B, T or 1, S] -> [B, T, H*K]. A row without a key gives a
-    mean, not NaN.
+    mean, not NaN. gate [B, T, P] multiplies scores and probabilities of the first P keys.
 
     The queries that share a key head are one batched product [B*kv_heads, G*T, K] x [B*kv_heads, K, S].
     """
@@ -66,8 +74,12 @@ def attend(
     k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
     scores = jnp.matmul(q, k, preferred_element_type=jnp.float32)
     scores = scores.reshape(batch, num_kv_heads, groups, t, s)
+    if gate is not None:
+        gate = jnp.pad(gate, ((0, 0), (0, 0), (0, s - gate.shape[-1])), constant_values=1.0)[:, None, None]
+        scores *= gate
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    probs = dropout(jax.nn.softmax(scores, axis=-1), rate, rng).astype(v.dtype)
+    probs = dropout(jax.nn.softmax(scores, axis=-1), rate, rng)
+    probs = (probs if gate is None else probs * gate).astype(v.dtype)
     y = jnp.matmul(probs.reshape(batch, num_kv_heads, groups * t, s), v)
     y = y.reshape(batch, num_kv_heads, groups, t, head_dim).transpose(0, 3, 1, 2, 4)
     return y.reshape(batch, t, num_heads * head_dim)

@@ -9,7 +9,7 @@ collection `sites`; under `model.apply` it hands its activations to the nodes fo
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -38,11 +38,17 @@ class Site:
 class Node(struct.PyTreeNode):
     """One method's added arrays at one site.
 
-    `trained` names the fields with gradients; the others are frozen leaves.
+    `trained` names the fields with gradients; the others are frozen leaves. A `derived` node is made by its method's
+    `realise` at every apply, so that no adapter stores it.
     """
 
     kind: ClassVar[str]
     trained: ClassVar[tuple[str, ...]]
+    derived: ClassVar[bool] = False
+
+    def bind(self, shared: "Node") -> "Node":
+        """The node with what all layers share, from collection `shared`, which the scan broadcasts."""
+        raise TypeError(f"{type(self).__name__} shares nothing")
 
 
 class LinearNode(Node):
@@ -86,14 +92,33 @@ class ResidualNode(Node):
         raise TypeError(f"{type(self).__name__} has no residual hook")
 
 
+class Virtual(NamedTuple):
+    """Keys and values that no token made: k, v [P, kv_heads, K] or [B, P, kv_heads, K], on bool [P].
+
+    gate [B, T], where given, multiplies their scores and their probabilities for each query.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    on: jax.Array
+    gate: jax.Array | None = None
+
+
 class AttentionNode(Node):
-    """Adds keys and values that every query sees."""
+    """Adds keys and values that every query sees, or changes what the attention gives.
+
+    x [B, T, D] is the layer's input, project: [..., D] -> (k, v) [..., kv_heads, K].
+    """
 
     kind: ClassVar[str] = "attention"
 
-    def keys_values(self, x: jax.Array, project: Callable) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x [B, T, D] (the layer's input), project: [.., D] -> (k, v). Returns k, v [P, kv_heads, K] and a mask [P]."""
-        raise TypeError(f"{type(self).__name__} has no attention hook")
+    def keys_values(self, x: jax.Array, project: Callable) -> Virtual | None:
+        """What stands before the layer's own keys and values, if anything."""
+        return None
+
+    def attended(self, q: jax.Array, y: jax.Array, x: jax.Array, project: Callable, rng: jax.Array | None) -> jax.Array:
+        """q [B, T, H, K] after rotary embedding, y [B, T, H*K] before the output projection -> new y."""
+        return y
 
 
 class EmbedNode(Node):
@@ -115,8 +140,12 @@ class OutputNode(Node):
 
     kind: ClassVar[str] = "output"
 
-    def outputs(self, x: jax.Array, layers: jax.Array, rng: jax.Array | None) -> jax.Array:
-        """x [B, T, D], layers [L, B, T, D] -> [B, T, D]."""
+    def outputs(
+        self, x: jax.Array, layers: jax.Array, embedded: jax.Array, mask: jax.Array, rng: jax.Array | None
+    ) -> jax.Array:
+        """x [B, T, D], layers [L, B, T, D] each block's output, embedded [B, T, D] the first block's input,
+        mask bool [B, T or 1, T] (True where a query may look) -> [B, T, D].
+        """
         raise TypeError(f"{type(self).__name__} has no output hook")
 
 
@@ -127,9 +156,10 @@ def record(module: nn.Module, kind: str, shape: tuple[int, ...], axes: tuple[str
 
 
 def nodes(module: nn.Module) -> list[Node]:
-    """The nodes that sit at this module, in order."""
-    here = module.variables.get("peft", {})
-    return [here[key] for key in sorted(here) if isinstance(here[key], Node)]
+    """The nodes that sit at this module, in order, each with what it shares."""
+    here, shared = (module.variables.get(collection, {}) for collection in ("peft", "shared"))
+    found = {key: here[key] for key in sorted(here) if isinstance(here[key], Node)}
+    return [node.bind(shared[key]) if key in shared else node for key, node in found.items()]
 
 
 class Residual(nn.Module):
@@ -148,14 +178,32 @@ class KeysValues(nn.Module):
 
     @nn.compact
     def __call__(self, k: jax.Array, v: jax.Array, mask: jax.Array, x: jax.Array, project: Callable) -> tuple:
-        """k, v [B, S, kv_heads, K], mask bool [B, T or 1, S] -> the same with P more keys in front."""
+        """k, v [B, S, kv_heads, K], mask bool [B, T or 1, S] -> the same with P more keys in front, and gate [B, T, P]
+        for those, or None.
+        """
         record(self, "attention", k.shape[-2:], ("kv_heads", None))
+        gates = []
         for node in nodes(self):
-            more_k, more_v, on = node.keys_values(x, project)
-            k = jnp.concatenate([jnp.broadcast_to(more_k.astype(k.dtype), (k.shape[0], *more_k.shape)), k], axis=1)
-            v = jnp.concatenate([jnp.broadcast_to(more_v.astype(v.dtype), (v.shape[0], *more_v.shape)), v], axis=1)
-            mask = jnp.concatenate([jnp.broadcast_to(on, (*mask.shape[:2], on.shape[0])), mask], axis=-1)
-        return k, v, mask
+            if (more := node.keys_values(x, project)) is None:
+                continue
+            k, v = (jnp.concatenate([_rows(new, old), old], axis=1) for new, old in ((more.k, k), (more.v, v)))
+            mask = jnp.concatenate([jnp.broadcast_to(more.on, (*mask.shape[:2], more.on.shape[0])), mask], axis=-1)
+            gates.insert(0, (more.gate, more.on.shape[0]))
+        if all(gate is None for gate, _ in gates):
+            return k, v, mask, None
+        full = lambda gate, size: jnp.broadcast_to(1.0 if gate is None else gate[..., None], (*x.shape[:2], size))  # noqa: E731
+        return k, v, mask, jnp.concatenate([full(*g) for g in gates], axis=-1)
+
+    def attended(self, q: jax.Array, y: jax.Array, x: jax.Array, project: Callable) -> jax.Array:
+        """The nodes' second hook."""
+        for node in nodes(self):
+            y = node.attended(q, y, x, project, training_rng(self))
+        return y
+
+
+def _rows(new: jax.Array, old: jax.Array) -> jax.Array:
+    """[P, kv_heads, K] or [B, P, kv_heads, K] for each row of old [B, S, kv_heads, K]."""
+    return jnp.broadcast_to(new.astype(old.dtype), (old.shape[0], *new.shape[-3:]))
 
 
 class Prompt(nn.Module):
@@ -193,8 +241,8 @@ class Outputs(nn.Module):
         return bool(nodes(self))
 
     @nn.compact
-    def __call__(self, x: jax.Array, layers: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, layers: jax.Array | None, embedded: jax.Array, mask: jax.Array) -> jax.Array:
         record(self, "output", (self.num_layers, x.shape[-1]), (None, "embed"))
         for node in nodes(self):
-            x = node.outputs(x, layers, training_rng(self))
+            x = node.outputs(x, layers, embedded, mask, training_rng(self))
         return x

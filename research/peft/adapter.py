@@ -1,13 +1,15 @@
 """Adapter directories: everything a run added to its base, and nothing else.
 
     DIR/adapter.safetensors   "peft/layers/attn/q/lora/a", "head/kernel", "params/..." for base leaves that trained
-    DIR/adapter.json          format, method specification, base (name, fingerprint), head classes, counts
+    DIR/adapter.json          format, method specification, base (name, fingerprint), sha256 of the weights, counts, ...
 
 No adapter name enters a key, so any name of the directory will do. A prefix MLP is dropped: what is saved is what it
-realises. Loading rebuilds the structure from the specification and is strict: a missing, unexpected or mis-shaped leaf,
-one whose numbers would be rounded, and another base are errors.
+realises. A frozen leaf that the specification alone rebuilds (a scale, a random projection of a given seed) is not
+stored, and of a leaf that trains in part only that part is. Loading is strict: a missing, unexpected or mis-shaped
+leaf, one whose numbers would be rounded, altered bytes, and another base are errors.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +21,10 @@ import numpy as np
 
 from research.errors import ModelError, UserError
 from research.files import os_error, replace_directory
+from research.nn.on import On
 from research.peft import method as peft
-from research.peft import registry, tree
-from research.peft.method import REPARAM, Method, PyTree, Sites, Variables
+from research.peft import partial, registry, tree
+from research.peft.method import Method, PyTree, Sites, Variables
 
 FORMAT = 1
 WEIGHTS, META = "adapter.safetensors", "adapter.json"
@@ -49,11 +52,7 @@ def save(
 
     directory, method = Path(directory), registry.parse(spec)
     mask = peft.mask(method, variables)
-    trained_base, _ = tree.partition(variables["params"], mask["params"])
-    kept = {k: v for k, v in peft.realised(method, variables, sites).items() if k in ("peft", "head")} | {
-        "params": trained_base
-    }
-    leaves = {path: np.asarray(x) for path, x in tree.paths(kept).items()}
+    leaves = _stored(method, variables, sites, mask)
     record = {"format": FORMAT, "spec": spec, "base": base, "trainable": tree.count(variables, mask), **meta}
 
     def fill(folder: Path) -> None:
@@ -61,12 +60,51 @@ def save(
             save_file(leaves, folder / WEIGHTS)
         except SafetensorError as error:
             raise os_error(error, "weights not saved") from error
-        (folder / META).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        sha256 = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+        text = json.dumps(record | {"sha256": sha256}, indent=1, ensure_ascii=False)
+        (folder / META).write_text(text + "\n", encoding="utf-8")
 
     replace_directory(
         directory, fill, ours=lambda d: (d / META).exists(), needed=sum(x.nbytes for x in leaves.values())
     )
     return sum(f.stat().st_size for f in directory.iterdir())
+
+
+def _stored(method: Method, variables: Variables, sites: Sites, mask: PyTree) -> dict[str, np.ndarray]:
+    """What the weights file holds, by path."""
+    trained, _ = tree.partition(variables["params"], mask["params"])
+    realised = peft.realised(method, variables, sites)
+    kept = {k: v for k, v in realised.items() if k == "head"} | {"params": trained}
+    leaves = {path: np.asarray(x) for path, x in tree.paths(kept | {"peft": _own(realised["peft"])}).items()}
+    for path, x in _rebuilt(method, sites, mask).items():
+        if path in leaves and np.asarray(x).tobytes() == leaves[path].tobytes():
+            del leaves[path]
+    out, on = {}, _on_paths(variables["peft"])
+    masks = tree.paths(mask)
+    for path, leaf in leaves.items():
+        partly = np.ndim(masks.get(path, True)) > 0 and (path.startswith("params/") or path in on)
+        out |= partial.pack(path, leaf, np.asarray(masks[path])) if partly else {path: leaf}
+    return out
+
+
+def _own(added: PyTree) -> PyTree:
+    """Without the nodes that `realise` makes at every apply."""
+    if not isinstance(added, dict):
+        return added
+    return {k: _own(v) for k, v in added.items() if not (peft.is_node(v) and v.derived)}
+
+
+def _on_paths(added: PyTree) -> set[str]:
+    """The leaves of nodes that are there in some layers only: elsewhere their numbers mean nothing."""
+    nodes = tree.paths(added, is_leaf=peft.is_node)
+    return {f"peft/{path}/{p}" for path, node in nodes.items() if isinstance(node, On) for p in tree.paths(node)}
+
+
+def _rebuilt(method: Method, sites: Sites, mask: PyTree) -> dict[str, jax.Array]:
+    """The leaves that do not train, as a fresh one has them."""
+    fresh = lambda: tree.partition(peft.init(method, jax.random.key(0), sites), mask["peft"])[1]  # noqa: E731
+    frozen = jax.jit(fresh)() if jax.tree.leaves(jax.eval_shape(fresh)) else {}
+    return {f"peft/{path}": leaf for path, leaf in tree.paths(frozen).items()}
 
 
 def load(directory: str | Path) -> Adapter:
@@ -82,6 +120,7 @@ def load(directory: str | Path) -> Adapter:
         raise ModelError(f"{directory} is no adapter: it has no {META} ({found or 'it is empty'}).")
     try:
         meta = json.loads((directory / META).read_text(encoding="utf-8"))
+        sha256 = hashlib.sha256((directory / WEIGHTS).read_bytes()).hexdigest()
         leaves = load_file(directory / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"adapter {directory} is damaged: {str(error).splitlines()[0]}.") from None
@@ -95,6 +134,8 @@ def load(directory: str | Path) -> Adapter:
         raise ModelError(f"adapter {directory} has format {meta.get('format')!r}; this version reads {FORMAT}.")
     if key := _bad_key(meta):
         raise ModelError(f"adapter {directory} is damaged: {META} has no valid {key!r}.")
+    if sha256 != meta["sha256"]:
+        raise ModelError(f"adapter {directory} is damaged: {WEIGHTS} is not the file that {META} describes.")
     try:
         method = registry.parse(meta["spec"])
     except UserError as error:
@@ -106,6 +147,7 @@ def _bad_key(meta: dict[str, Any]) -> str | None:
     """The first key of adapter.json that is missing or of the wrong type."""
     base = meta["base"] if isinstance(meta.get("base"), dict) else {}
     texts = {"spec": meta.get("spec"), "base.name": base.get("name"), "base.fingerprint": base.get("fingerprint")}
+    texts["sha256"] = meta.get("sha256")
     right = {key: isinstance(value, str) for key, value in texts.items()}
     if meta.get("task") == "classify":
         classes, length = meta.get("classes"), meta.get("max_length")
@@ -133,18 +175,43 @@ def attach(
             f"the adapter was trained on base {base['name']} ({base['fingerprint'][:12]}), "
             f"not on this one ({fingerprint[:12]}): load that base."
         )
-    added = jax.eval_shape(lambda: peft.init(adapter.method, jax.random.key(0), sites))
-    mask = peft.mask(adapter.method, {"params": params, "peft": added, "head": {"bias": jnp.zeros(1)}})
+    method = adapter.method
+    added = jax.eval_shape(lambda: peft.init(method, jax.random.key(0), sites))
+    mask = peft.mask(method, {"params": params, "peft": added, "head": {"bias": jnp.zeros(1)}})
     trained, rest = tree.partition(params, mask["params"])
-    saved = jax.eval_shape(lambda x: peft.realised(adapter.method, {"params": params, "peft": x}, sites)["peft"], added)
-    saved.pop(REPARAM, None)
+    saved = jax.eval_shape(lambda x: _own(peft.realised(method, {"params": params, "peft": x}, sites)["peft"]), added)
     if head is None:
         head = tree.unflatten({p: x for p, x in adapter.leaves.items() if p.startswith("head/")}).get("head")
-    filled = _fill({"peft": saved, "params": trained} | ({} if head is None else {"head": head}), adapter.leaves)
+    expected = {"peft": saved, "params": trained} | ({} if head is None else {"head": head})
+    filled = _fill(expected, _whole(adapter, expected, trained, sites, mask))
     return filled | {"params": tree.combine(filled["params"], rest)}
 
 
-def _fill(expected: PyTree, leaves: dict[str, np.ndarray]) -> PyTree:
+def _whole(adapter: Adapter, expected: PyTree, trained: PyTree, sites: Sites, mask: PyTree) -> dict[str, Any]:
+    """The adapter's leaves, with those put together that are stored in part or rebuilt."""
+    parts = {path.removesuffix("#mask") for path in adapter.leaves if path.endswith("#mask")}
+    leaves = {path: x for path, x in adapter.leaves.items() if not path.endswith(partial.PARTS)}
+    base = {f"params/{path}": x for path, x in tree.paths(trained).items()}
+    wanted = set(tree.paths(expected))
+    fresh = {}
+    if any(path.startswith("peft/") for path in parts):
+        fresh = jax.jit(lambda: peft.init(adapter.method, jax.random.key(0), sites))()
+        fresh = {f"peft/{path}": x for path, x in tree.paths(fresh).items()}
+    for path in parts:
+        if path not in base and path not in fresh:
+            raise ModelError(f"the adapter does not fit this model: 1 unexpected: {path}.")
+        try:
+            packed = [adapter.leaves[path + part] for part in partial.PARTS]
+            leaves[path] = partial.unpack(np.asarray(base.get(path, fresh.get(path))), *packed)
+        except (KeyError, ValueError) as error:
+            raise ModelError(f"the adapter does not fit this model: {path}: {error}.") from None
+    if wanted - set(leaves):
+        rebuilt = _rebuilt(adapter.method, sites, mask)
+        leaves |= {path: x for path, x in rebuilt.items() if path in wanted and path not in leaves}
+    return leaves
+
+
+def _fill(expected: PyTree, leaves: dict[str, Any]) -> PyTree:
     """Puts leaves into the expected structure, strictly."""
     wanted = tree.paths(expected)
     missing, unexpected = sorted(set(wanted) - set(leaves)), sorted(set(leaves) - set(wanted))

@@ -10,7 +10,9 @@ is refused.
 
 from research.errors import FlagError
 from research.peft import tree
-from research.peft.method import Method, PyTree, Variables, base_leaves
+from research.peft.method import Card, Method, PyTree, Variables, base_leaves
+
+CARD = Card("2106.10199", "selective", memory="yes", inference="none")
 
 
 def bitfit(targets: str = ".*") -> Method:

@@ -6,7 +6,9 @@
 The baseline of every table, and a method like any other.
 """
 
-from research.peft.method import Method, base_leaves
+from research.peft.method import Card, Method, base_leaves
+
+CARD = Card("-", "selective", memory="no", inference="none")
 
 
 def full() -> Method:

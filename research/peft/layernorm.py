@@ -7,8 +7,9 @@
 Every norm of the model: those of the layers, of the embeddings, and the last one.
 """
 
-from research.peft.method import Method, PyTree, Variables, base_leaves
+from research.peft.method import Card, Method, PyTree, Variables, base_leaves
 
+CARD = Card("2312.11420", "selective", memory="yes", inference="none")
 NORMS = r"\w*norm/(scale|bias)"
 
 

@@ -6,7 +6,9 @@
 The floor of every table.
 """
 
-from research.peft.method import Method
+from research.peft.method import Card, Method
+
+CARD = Card("-", "selective", memory="yes", inference="none")
 
 
 def linear_probe() -> Method:

@@ -8,6 +8,7 @@ a merge that fails has changed nothing and the base one still holds is the exact
 import jax
 
 from research.errors import ModelError
+from research.nn.on import On
 from research.nn.param import dense
 from research.nn.sites import LinearNode
 from research.peft import tree
@@ -16,6 +17,8 @@ from research.peft.method import PyTree, Variables, is_node
 
 def mergeable(node: object) -> bool:
     """Whether the node is a change of kernel and bias."""
+    if isinstance(node, On):
+        return mergeable(node.node)
     if not isinstance(node, LinearNode):
         return False
     cls = type(node)

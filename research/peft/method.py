@@ -9,6 +9,7 @@ Below the contract stand the small functions that the methods' own files are wri
 """
 
 import dataclasses
+import functools
 import re
 import zlib
 from collections.abc import Callable, Iterable
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.errors import FlagError, did_you_mean
+from research.nn.on import On
 from research.nn.sites import Node, Site
 from research.peft import tree
 
@@ -41,7 +43,25 @@ class Method(NamedTuple):
     penalty: Callable[[Variables, jax.Array], jax.Array] | None = None  # -> scalar added to the loss; default: 0
     update: Callable[[PyTree, PyTree, jax.Array], PyTree] | None = None  # (added, grads, step) -> added
     rates: Callable[[Variables], PyTree] | None = None  # -> learning-rate factor of each leaf; default: 1
+    task: Callable[[Callable], Callable] | None = None  # loss -> loss, where a method changes it; default: as it is
     identity: bool = True  # whether a fresh one leaves the base's function as it is, to the bit
+
+
+class Card(NamedTuple):
+    """What the table of methods says of one: every method's file has a `CARD`.
+
+    memory and inference are what the survey "Scaling Down to Scale Up" (arXiv 2303.15647, tables 1 and 2) says: whether
+    training takes less memory, and what a trained model costs more than its base. "-" where it is silent.
+    small: options that fit a model of width 32, where the defaults do not: for tests and the smoke table.
+    random: whether a training step draws random numbers.
+    """
+
+    paper: str  # arXiv number
+    kind: str  # additive, selective, reparametrisation or hybrid
+    memory: str = "-"
+    inference: str = "-"
+    small: str = ""
+    random: bool = False
 
 
 def sites(model: nn.Module) -> Sites:
@@ -95,8 +115,15 @@ def parameters(variables: Variables) -> int:
 
     def own(path: str, node: Node) -> int:
         stack = 1 if path.startswith("layers/") else 0
+        if isinstance(node, On):
+            whole, depth = own(path, node.node), node.on.shape[0] if stack else 1
+            here = len(node.layers) if stack else int(path.split("/")[0].removeprefix("layers_")) in node.layers
+            return whole // depth * here
         leaves = {name: getattr(node, name) for name in fields(node)}
-        return sum(tree.count(x) for name, x in leaves.items() if name in node.trained or x.ndim > stack)
+        own_leaves = [
+            x for name, leaf in leaves.items() for x in jax.tree.leaves(leaf) if name in node.trained or x.ndim > stack
+        ]
+        return sum(tree.count(x) for x in own_leaves)
 
     added = tree.paths(variables.get("peft", {}), is_leaf=is_node)
     return tree.count(variables["params"]) + sum(own(path, node) for path, node in added.items())
@@ -159,12 +186,15 @@ def base_leaves(pattern: str, variables: Variables) -> PyTree:
 
 def either(*masks: PyTree) -> PyTree:
     """OR of masks."""
-    return jax.tree.map(lambda *ms: True if any(m is True for m in ms) else _or(ms), *masks)
 
+    def of(*leaves: Any) -> Any:
+        some = [m for m in leaves if m is not False]
+        if not some or any(m is True for m in some):
+            return bool(some)
+        abstract = [m for m in some if isinstance(m, jax.ShapeDtypeStruct)]
+        return abstract[0] if abstract else functools.reduce(np.logical_or, some)
 
-def _or(masks: tuple) -> Any:
-    arrays = [m for m in masks if m is not False]
-    return False if not arrays else np.logical_or.reduce(arrays)
+    return jax.tree.map(of, *masks)
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:

@@ -2,7 +2,8 @@
 
 A method is a function of the same name as its file in this folder, returning `Method`; a dotted path finds a user's own
 (`my_package.my_method`). Its keyword arguments are its options: the names, types and defaults of the specification
-string are read from the signature. A new file needs no other edit.
+string are read from the signature. A new file needs no other edit. Every method also has `layers=0-3`
+(`compose.on_layers`).
 """
 
 import importlib
@@ -11,10 +12,11 @@ import math
 import pkgutil
 import re
 from collections.abc import Callable
+from typing import Any
 
 from research.errors import FlagError, did_you_mean
-from research.peft.compose import chain
-from research.peft.method import Method
+from research.peft.compose import chain, on_layers
+from research.peft.method import Card, Method
 
 
 def names() -> list[str]:
@@ -23,9 +25,22 @@ def names() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if _function(f"{package.__name__}.{m.name}"))
 
 
-def parse(spec: str) -> Method:
-    """The method of a specification; FlagError names the nearest method, option or value."""
-    parts = [_parse_one(part) for part in split(spec)]
+def card(name: str) -> Card:
+    """The card of a method of this folder."""
+    return getattr(importlib.import_module(f"research.peft.{name}"), "CARD", Card("-", "-"))
+
+
+def small(name: str) -> str:
+    """The method with options that fit a model of width 32."""
+    return f"{name}:{options}" if (options := card(name).small) else name
+
+
+def parse(spec: str, tokenizer: Any = None) -> Method:
+    """The method of a specification; FlagError names the nearest method, option or value.
+
+    tokenizer: of the model, for methods that start from text: they have a keyword-only parameter of this name.
+    """
+    parts = [_parse_one(part, tokenizer) for part in split(spec)]
     return parts[0] if len(parts) == 1 else chain(*parts)
 
 
@@ -65,10 +80,11 @@ def _function(path: str) -> Callable[..., Method] | None:
     return function if declared in (Method, "Method") and function.__module__ == module.__name__ else None
 
 
-def _parse_one(part: str) -> Method:
+def _parse_one(part: str, tokenizer: Any) -> Method:
     name, _, options = part.strip().partition(":")
     function = find(name)
-    parameters = inspect.signature(function, eval_str=True).parameters
+    signature = inspect.signature(function, eval_str=True).parameters
+    parameters = {k: p.annotation for k, p in signature.items() if p.kind != p.KEYWORD_ONLY} | {"layers": str}
     arguments = {}
     for option in _split(options, r",(?=\s*\w+\s*=)") if options else []:
         key, equals, text = (s.strip() for s in option.partition("="))
@@ -78,13 +94,19 @@ def _parse_one(part: str) -> Method:
             raise FlagError(f"{name} has no option {key!r}.{did_you_mean(key, parameters)}")
         if key in arguments:
             raise FlagError(f"{name}: {key} is given twice.")
-        arguments[key] = _value(name, key, text, parameters[key].annotation)
-    return function(**arguments)
+        arguments[key] = _value(name, key, text, parameters[key])
+    layers = arguments.pop("layers", None)
+    method = function(**arguments, **({"tokenizer": tokenizer} if "tokenizer" in signature else {}))
+    return method if layers is None else on_layers(method, layers)
 
 
 def _value(name: str, key: str, text: str, kind: type) -> int | float | bool | str | None:
     """Converts an option by its annotation: int, float, bool or str, each also `| None`."""
     kinds = [k for k in getattr(kind, "__args__", (kind,)) if k is not type(None)]
+    if kinds[0] not in (int, float, bool, str):
+        raise FlagError(
+            f"{name}: option {key} has no type that a specification can give: annotate it int, float, bool or str."
+        )
     if text.lower() == "none" and len(kinds) < len(getattr(kind, "__args__", ())):
         return None
     try:

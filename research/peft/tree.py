@@ -34,8 +34,10 @@ def map_with_path(fn: Callable[..., Any], tree: PyTree, *rest: PyTree, is_leaf=N
 
 
 def trains(mask_leaf: Any) -> bool:
-    """A mask leaf is a bool, or a bool array where part of the leaf trains: then the whole leaf is trainable."""
-    return bool(np.any(mask_leaf))
+    """A mask leaf is a bool, or a bool array, broadcast to the leaf, where part of it trains: then the whole leaf is
+    trainable. So it is where the array is not known yet but its shape.
+    """
+    return isinstance(mask_leaf, jax.ShapeDtypeStruct) or bool(np.any(mask_leaf))
 
 
 def partition(variables: PyTree, mask: PyTree) -> tuple[PyTree, PyTree]:
@@ -88,8 +90,13 @@ def count(tree: PyTree, mask: PyTree | None = None) -> int:
     """Number of array elements (of those the mask lets train); works on shapes alone and never overflows."""
     if mask is None:
         return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
-    sizes = jax.tree.map(lambda x, m: int(np.sum(m)) if np.ndim(m) else (math.prod(x.shape) if m else 0), tree, mask)
-    return sum(jax.tree.leaves(sizes))
+
+    def size(x: Any, m: Any) -> int:
+        if isinstance(m, jax.ShapeDtypeStruct) or not np.ndim(m):
+            return math.prod(x.shape) * trains(m)
+        return int(np.sum(m)) * (math.prod(x.shape) // math.prod(np.shape(m)))
+
+    return sum(jax.tree.leaves(jax.tree.map(size, tree, mask)))
 
 
 def nbytes(tree: PyTree) -> int:

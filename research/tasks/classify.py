@@ -37,6 +37,7 @@ def loss(model: nn.Module) -> Callable[[dict, dict, jax.Array | None], Loss]:
         z, labels = logits(model, variables, batch, rng), batch["labels"]
         weight = batch.get("weight", jnp.ones(labels.shape)).astype(jnp.float32)
         total, correct = jnp.sum(weight), (jnp.argmax(z, axis=-1) == labels) * weight
-        return Loss(jnp.sum(cross_entropy(z, labels) * weight), total, {"accuracy": (jnp.sum(correct), total)})
+        nats = jnp.sum(cross_entropy(z, labels) * weight)
+        return Loss(nats, total, {"accuracy": (jnp.sum(correct), total)}, (z, weight))
 
     return fn

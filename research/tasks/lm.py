@@ -21,6 +21,6 @@ def loss(model: nn.Module) -> Callable[[dict, dict, jax.Array | None], Loss]:
         z = model.apply(model_variables(variables), batch["tokens"], batch["mask"], method="logits", rngs=rngs)
         weight = (batch["mask"][:, :-1] * batch.get("loss_mask", batch["mask"])[:, 1:]).astype(jnp.float32)
         nats = jnp.sum(cross_entropy(z[:, :-1], batch["tokens"][:, 1:]) * weight)
-        return Loss(nats, jnp.sum(weight), {})
+        return Loss(nats, jnp.sum(weight), {}, (z[:, :-1], weight))
 
     return fn

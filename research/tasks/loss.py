@@ -11,11 +11,16 @@ import jax.numpy as jnp
 
 
 class Loss(NamedTuple):
-    """`sum` [] is differentiated; `weight` [] divides it; `metrics` maps a name to its own (sum [], weight [])."""
+    """`sum` [] is differentiated; `weight` [] divides it; `metrics` maps a name to its own (sum [], weight []).
+
+    `outputs`: what the loss was computed from, (logits [..., C], weight [...]), for a method that compares two passes;
+    the trainer leaves it alone.
+    """
 
     sum: jax.Array
     weight: jax.Array
     metrics: dict[str, tuple[jax.Array, jax.Array]]
+    outputs: tuple[jax.Array, jax.Array] | None = None
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -59,19 +59,40 @@ def split(variables: PyTree, mask: PyTree, base: Sequence[str] = ("params",)) ->
     return trainable, extra, frozen
 
 
+def split_masks(masks: Sequence[PyTree]) -> tuple[PyTree, list[PyTree]]:
+    """Of the masks of several runs of one method: which leaves train in any run, as bools, and for each run the bool
+    arrays of the leaves that train in part in some run, all of one shape, with holes elsewhere.
+    """
+
+    def partly(*leaves: Any) -> list:
+        if all(np.ndim(m) == 0 or np.all(m) for m in leaves):
+            return [None] * len(leaves)
+        ndim = max(np.ndim(m) for m in leaves)
+        wide = [m if np.ndim(m) else np.full((1,) * ndim, m) for m in leaves]
+        shape = np.broadcast_shapes(*(np.shape(m) for m in wide))
+        return [jnp.array(jnp.broadcast_to(m, shape)) for m in wide]
+
+    either = jax.tree.map(lambda *leaves: any(tree.trains(m) for m in leaves), *masks)
+    arrays = jax.tree.map(partly, *masks)
+    pick = lambda i: jax.tree.map(lambda found: found[i], arrays, is_leaf=lambda x: isinstance(x, list))  # noqa: E731
+    elements = [pick(i) for i in range(len(masks))]
+    return either, elements if jax.tree.leaves(elements) else [None] * len(masks)
+
+
 def create(
     trainable: PyTree, tx: optax.GradientTransformation, rng: jax.Array, extra: PyTree = None, mask: PyTree = None
 ) -> TrainState:
     """A state at step 0.
 
     All leaves are copied: the step donates them, and a method that trains base leaves must not delete the base's
-    buffers. Of `mask`, which has the structure of the variables, only bool arrays that are partly False are kept. They
-    are part of the state, not constants of the program, since they are as large as the leaf, differ by run and, where
-    they come from gradients, must be there again after a resume.
+    buffers. Of `mask`, which has the structure of the variables, holes allowed, only bool arrays that are partly False
+    (or traced) are kept. They are part of the state, not constants of the program, since they are as large as the leaf,
+    differ by run and, where they come from gradients, must be there again after a resume.
     """
     trainable, extra, rng = jax.tree.map(jnp.copy, (trainable, extra, rng))
     if mask is not None:
-        partly = lambda w, m: jnp.array(m) if w is not None and np.ndim(m) and not np.all(m) else None  # noqa: E731
+        whole = lambda m: not isinstance(m, jax.core.Tracer) and np.all(m)  # noqa: E731
+        partly = lambda w, m: jnp.array(m) if w is not None and np.ndim(m) and not whole(m) else None  # noqa: E731
         mask = jax.tree.map(partly, trainable, mask, is_leaf=lambda x: x is None)
         mask = mask if jax.tree.leaves(mask) else None
     return TrainState(jnp.zeros((), jnp.int32), trainable, extra, jax.tree.map(jnp.copy, tx.init(trainable)), rng, mask)

@@ -67,7 +67,7 @@ def make_step(
         def numerator(trainable: PyTree, micro: PyTree, rng: jax.Array) -> tuple[jax.Array, Loss]:
             variables = merge(trainable, state.extra, frozen)
             out = loss(realise(variables) if realise else variables, micro, rng)
-            return out.sum, out
+            return out.sum, out._replace(outputs=None)
 
         def one(index: jax.Array | int, micro: PyTree) -> tuple[PyTree, Loss]:
             (_, out), grads = jax.value_and_grad(numerator, has_aux=True)(

@@ -197,3 +197,15 @@ def test_stack_and_unstack_are_inverse():
 def test_an_unknown_preset_names_the_nearest():
     with pytest.raises(ModelError, match="'roberta-base'"):
         registry.preset("roberta-bose")
+
+
+def test_more_tokens_than_positions_are_refused():
+    model = registry.build(dataclasses.replace(tiny.ENCODER, max_positions=14, position_offset=2))
+    jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 12), jnp.int32))
+    with pytest.raises(ModelError, match="13 tokens are more than the model's 12 positions"):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 13), jnp.int32))
+
+
+def test_an_unknown_remat_policy_is_refused():
+    with pytest.raises(ModelError, match="unknown remat policy 'dot'. Did you mean 'dots'"):
+        registry.build(dataclasses.replace(tiny.ENCODER, remat="dot"))

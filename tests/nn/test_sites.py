@@ -8,7 +8,7 @@ import pytest
 
 from research.nn.layers import apply_layers
 from research.nn.param import dropout, training_rng
-from research.nn.sites import AttentionNode, EmbedNode, OutputNode, ResidualNode
+from research.nn.sites import AttentionNode, EmbedNode, OutputNode, ResidualNode, Virtual
 from research.peft import tree
 from tests import tiny
 
@@ -22,7 +22,7 @@ class Mean(OutputNode):
     share: jax.Array
     trained = ("share",)
 
-    def outputs(self, x, layers, rng):
+    def outputs(self, x, layers, embedded, mask, rng):
         return layers.mean(axis=0) * (1 - self.share) + x * self.share
 
 
@@ -44,7 +44,7 @@ class FromInput(AttentionNode):
 
     def keys_values(self, x, project):
         k, v = project(jnp.full((1, 1, x.shape[-1]), 0.3) * self.size)
-        return k[0], v[0], jnp.ones(1, bool)
+        return Virtual(k[0], v[0], jnp.ones(1, bool))
 
 
 class Two(EmbedNode):

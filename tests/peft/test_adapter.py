@@ -1,5 +1,6 @@
 """Adapter directories that are damaged, or of another base, model or head."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -38,8 +39,10 @@ def fails(directory, case, match, **options):
 
 
 def edit(directory, change):
+    """Another weights file, rightly described."""
     leaves = load_file(directory / adapter.WEIGHTS)
     save_file(change(leaves), directory / adapter.WEIGHTS)
+    describe(directory, sha256=hashlib.sha256((directory / adapter.WEIGHTS).read_bytes()).hexdigest())
 
 
 def describe(directory, **changes):
@@ -53,7 +56,9 @@ def test_files_and_keys(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"], "nothing half-written is left beside it"
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["adapter.json", "adapter.safetensors"]
     meta = json.loads((tmp_path / "a" / "adapter.json").read_text())
-    assert meta == {"format": 1, "spec": SPEC, "base": BASE, "trainable": tree.count(case.point, case.mask)}
+    sha256 = hashlib.sha256((tmp_path / "a" / "adapter.safetensors").read_bytes()).hexdigest()
+    trainable = tree.count(case.point, case.mask)
+    assert meta == {"format": 1, "spec": SPEC, "base": BASE, "trainable": trainable, "sha256": sha256}
     leaves = load_file(tmp_path / "a" / "adapter.safetensors")
     biases = [path for path in tree.paths(case.point["params"]) if path.endswith("/bias")]
     expected = {f"peft/layers/attn/{site}/0_lora/{leaf}" for site in "qv" for leaf in ("a", "b", "scale")}
@@ -67,11 +72,42 @@ def test_saved_bytes_are_about_what_trains(tmp_path):
     assert write(tmp_path / "small", "ia3") and os.path.getsize(tmp_path / "small" / adapter.WEIGHTS) < 4096
 
 
+def test_what_the_specification_rebuilds_is_not_stored(tmp_path):
+    case = tiny.case("lora", "encoder")
+    adapter.save(tmp_path / "a", "lora", case.variables, case.sites, BASE)
+    assert not any(path.endswith("scale") for path in load_file(tmp_path / "a" / adapter.WEIGHTS))
+    assert tiny.same(attached(tmp_path / "a", case)["peft"], case.variables["peft"])
+
+
+@pytest.mark.parametrize("family", tiny.CONFIGS)
+def test_of_a_leaf_that_trains_in_part_only_that_part_is_stored(tmp_path, family):
+    spec = "lora:layers=1+layernorm:layers=0"
+    case = tiny.case(spec, family)
+    adapter.save(tmp_path / "a", spec, case.point, case.sites, BASE)
+    leaves = load_file(tmp_path / "a" / adapter.WEIGHTS)
+    rows = leaves["peft/layers/attn/q/0_lora/node/a#values"]
+    np.testing.assert_array_equal(rows.reshape(32, 8), case.point["peft"]["layers"]["attn"]["q"]["0_lora"].node.a[1])
+    variables = adapter.attach(adapter.load(tmp_path / "a"), case.variables["params"], case.sites, BASE["fingerprint"])
+    np.testing.assert_array_equal(case.forward(variables), case.forward(case.point))
+
+
+def test_parts_that_do_not_fit(tmp_path):
+    case, path, key = write(tmp_path / "a", "lora:layers=1"), tmp_path / "a", "peft/layers/attn/q/lora/node/a"
+    edit(path, lambda x: x | {f"{key}#index": np.array([2], np.int32)})
+    fails(path, case, f"does not fit this model: {key}: values")
+    edit(path, lambda x: x | {f"{key}#mask": np.array([3, 1, 1], np.int32)})
+    fails(path, case, f"{key}: a mask")
+    edit(path, lambda x: {k: v for k, v in x.items() if k != f"{key}#values"})
+    fails(path, case, f"{key}")
+    edit(path, lambda x: {k.replace("attn/q", "attn/w"): v for k, v in x.items()})
+    fails(path, case, "1 unexpected: peft/layers/attn/w")
+
+
 def test_a_prefix_mlp_is_dropped(tmp_path):
     case = write(tmp_path / "p", "prefix:length=3,hidden=8")
     leaves = load_file(tmp_path / "p" / adapter.WEIGHTS)
     added = {k for k in leaves if k.startswith("peft/")}
-    assert added == {"peft/layers/attn/kv/prefix/k", "peft/layers/attn/kv/prefix/v", "peft/embed/prompt/prefix/by"}
+    assert added == {"peft/layers/attn/kv/prefix/k", "peft/layers/attn/kv/prefix/v"}
     variables = attached(tmp_path / "p", case)
     np.testing.assert_allclose(case.forward(variables), case.forward(case.point), atol=1e-5)
     trained = tree.partition(variables, peft.mask(case.method, variables))[0]
@@ -104,8 +140,8 @@ def test_a_truncated_file(tmp_path, cut):
     fails(tmp_path / "a", case, "is damaged")
 
 
-@pytest.mark.parametrize("at", [0, 7, 8, 9, 60])
-def test_flipped_header_bytes(tmp_path, at):
+@pytest.mark.parametrize("at", [0, 7, 8, 9, 60, -1, -400])
+def test_flipped_bytes(tmp_path, at):
     case, file = write(tmp_path / "a"), tmp_path / "a" / adapter.WEIGHTS
     data = bytearray(file.read_bytes())
     data[at] ^= 0xFF
@@ -148,6 +184,7 @@ def test_metadata_of_another_time(tmp_path):
     [
         ({"spec": ...}, "spec"),
         ({"spec": 8}, "spec"),
+        ({"sha256": ...}, "sha256"),
         ({"base": ...}, "base.name"),
         ({"base": "tiny"}, "base.name"),
         ({"base": {"name": None, "fingerprint": "f"}}, "base.name"),
@@ -188,7 +225,7 @@ def test_a_leaf_is_never_rounded(tmp_path, dtype):
 
 def test_integers_stay_integers(tmp_path):
     case, key = write(tmp_path / "a", "ptuning_v2:length=3"), "peft/embed/prompt/ptuning_v2/by"
-    edit(tmp_path / "a", lambda x: x | {key: x[key].astype(np.float32)})
+    edit(tmp_path / "a", lambda x: x | {key: np.array(3, np.float32)})
     fails(tmp_path / "a", case, f"{key} is float32, expected int32")
 
 

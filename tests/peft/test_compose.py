@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.errors import ModelError
+from research.errors import FlagError, ModelError
+from research.models.stack import unstack
 from research.nn.linear import Linear
+from research.nn.on import On
 from research.nn.sites import LinearNode, Node
 from research.peft import method as peft
 from research.peft import registry, tree
@@ -19,7 +21,7 @@ from tests import tiny
 
 KV = "attn/(k|v)"
 ORDERS = [f"ia3+lora:targets={KV}", f"lora:targets={KV}+ia3"]
-ALL = "lora+ia3+prefix:length=3,hidden=0+prompt:length=2+houlsby:width=4+bitfit"
+ALL = "lora+ia3+prefix:length=3,hidden=0+prompt:length=2+houlsby:width=4,norms=false+bitfit"
 
 
 @pytest.mark.parametrize("spec", [*ORDERS, f"lora:targets={KV}+ia3+lora:rank=2,targets=all"])
@@ -115,7 +117,50 @@ def test_masks_are_the_union_of_the_parts():
         paths = [path for path, m in tree.paths(part.mask).items() if tree.trains(m)]
         alone |= {re.sub(r"/(?=\w+/\w+$)", f"/{number}_", p) if p.startswith("peft/") else p for p in paths}
     assert union == alone
-    assert any(path.endswith("norm/scale") for path in union) and any(path.endswith("q/bias") for path in union)
+    assert any(path.endswith("q/bias") for path in union)
+
+
+@pytest.mark.parametrize("spec", ["houlsby+bitfit", "layernorm+layernorm", "full+bitfit:layers=0"])
+def test_two_parts_do_not_train_one_leaf(spec):
+    with pytest.raises(FlagError, match="parts 1 and 2 of the chain both train .*: leave it to one of them"):
+        _ = tiny.Case(spec, "encoder").mask
+
+
+def test_two_parts_may_share_a_leaf_by_layers():
+    mask = tiny.case("bitfit:layers=0+full:layers=1", "encoder").mask["params"]["layers"]["attn"]["q"]
+    assert mask["bias"].all() and mask["kernel"].tolist() == [[[False]], [[True]]]
+
+
+@pytest.mark.parametrize("family", tiny.CONFIGS)
+@pytest.mark.parametrize("spec", ["lora:targets=all", "ia3", "houlsby:norms=false", "ptuning_v2:length=3"])
+def test_layers_are_the_method_in_those_layers_only(spec, family):
+    """Two halves are the whole, each is less, and an unrolled model drops what is off."""
+    halves = [tiny.case(f"{spec}{',' if ':' in spec else ':'}layers={i}", family) for i in (0, 1)]
+    whole, unrolled = tiny.case(spec, family), tiny.case(spec, family, scan=False)
+    for i, half in enumerate(halves):
+        inner = jax.tree.map(lambda n: n.node if isinstance(n, On) else n, half.point["peft"], is_leaf=peft.is_node)
+        added = unstack(inner)
+        del added[f"layers_{1 - i}"]
+        expected = unrolled.forward({"params": unstack(half.point["params"]), "peft": added})
+        np.testing.assert_allclose(half.forward(half.point), expected, atol=1e-5)
+        assert np.abs(expected - whole.forward(whole.point | {"peft": inner})).max() > 1e-3
+    counts = [tree.count(half.variables, half.mask) for half in halves]
+    heads = tree.count(whole.variables.get("head", {}))
+    assert sum(counts) - 2 * heads == tree.count(whole.variables, whole.mask) - heads
+    sizes = [peft.parameters({k: c.variables[k] for k in ("params", "peft")}) for c in (*halves, whole)]
+    base = tree.count(whole.variables["params"])
+    assert sizes[0] + sizes[1] - base == sizes[2]
+
+
+@pytest.mark.parametrize("layers", ["", "a", "0-", "3-1", "1-2-3", "0|x"])
+def test_layers_that_are_none(layers):
+    with pytest.raises(FlagError, match="names no layers. Valid: 0-3"):
+        registry.parse(f"lora:layers={layers}")
+
+
+def test_layers_that_the_model_has_not():
+    with pytest.raises(FlagError, match="layers=1-2 is out of range: the model has layers 0-1"):
+        _ = tiny.Case("lora:layers=1-2", "encoder").variables
 
 
 def test_a_part_that_cannot_merge_keeps_its_place():

@@ -4,9 +4,11 @@ A new file in research/peft is picked up without an edit here.
 """
 
 import functools
+import shutil
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -18,15 +20,25 @@ from research.peft.merge import merge
 from tests import tiny
 
 CHAIN = "lora:rank=2+prefix:length=3,hidden=8+"  # and bitfit, or what the decoder has in its place
-OPTIONS = ["lora:targets=all", "lora:dropout=0.1", "prefix:hidden=0", "prompt:start=vocab", "lora+ia3"]
+OPTIONS = ["lora:targets=all", "lora:dropout=0.1", "lora:layers=1", "prefix:hidden=0", "prompt:start=vocab", "lora+ia3"]
+METHODS = [registry.small(name) for name in registry.names()]
 SPECS = {
-    "encoder": [*registry.names(), CHAIN + "bitfit", *OPTIONS],
-    "decoder": [*registry.names(), CHAIN + "layernorm", *OPTIONS],
+    "encoder": [*METHODS, CHAIN + "bitfit", *OPTIONS],
+    "decoder": [*METHODS, CHAIN + "layernorm", *OPTIONS],
 }
-CASES = [(spec, family) for family, specs in SPECS.items() for spec in specs]
-CASES.remove(("bitfit", "decoder"))  # no biases: `test_bitfit_needs_biases`
-MERGEABLE = {"bitfit", "full", "ia3", "layernorm", "linear_probe", "lora"}
-UNMERGEABLE = {"houlsby", "pfeiffer", "prefix", "ptuning_v2", "prompt"}
+
+
+def applies(spec: str, family: str) -> bool:
+    """Whether the model has what the method trains: no biases in the decoder, no cross-attention in either."""
+    try:
+        _ = tiny.case(spec, family).mask
+    except FlagError:
+        return False
+    return True
+
+
+REFUSED = {("bitfit", "decoder"), ("cross_attention", "encoder"), ("cross_attention", "decoder")}
+CASES = [(spec, family) for family, specs in SPECS.items() for spec in specs if (spec, family) not in REFUSED]
 
 
 def cases(slow: Callable[[str], bool]) -> pytest.MarkDecorator:
@@ -38,13 +50,14 @@ def cases(slow: Callable[[str], bool]) -> pytest.MarkDecorator:
 every = cases(slow=OPTIONS.__contains__)
 
 
-def names(spec: str) -> set[str]:
-    return {part.partition(":")[0] for part in registry.split(spec)}
-
-
 @functools.cache
 def base_output(family: str) -> np.ndarray:
     return tiny.case("linear_probe", family).forward({"params": tiny.params(tiny.CONFIGS[family])})
+
+
+@pytest.mark.parametrize(("spec", "family"), sorted(REFUSED))
+def test_what_is_refused(spec, family):
+    assert not applies(spec, family)
 
 
 @every
@@ -55,45 +68,44 @@ def test_identity_at_init(spec, family):
         np.testing.assert_array_equal(fresh, base)
     else:
         assert np.abs(fresh - base).max() > 0
-    if "houlsby" in names(spec):
-        np.testing.assert_allclose(fresh, base, atol=1e-3)
-
-
-def test_which_methods_start_as_the_base():
-    starts = {spec: registry.parse(spec).identity for spec, _ in CASES}
-    assert not any(starts[name] for name in UNMERGEABLE)
-    assert all(starts[name] for name in ("full", "bitfit", "layernorm", "linear_probe", "lora", "ia3", "lora+ia3"))
 
 
 @every
 def test_merged_equals_unmerged_or_nothing_changes(spec, family):
     case = tiny.case(spec, family)
-    before = jax.tree.map(np.array, case.point)
+    point = peft.realised(case.method, case.point, case.sites)
+    before = jax.tree.map(np.array, point)
     try:
-        merged = merge(case.point)
+        merged = jax.jit(merge)(point)
     except ModelError as error:
-        assert "can't be merged" in str(error) and not names(spec) <= MERGEABLE
+        assert "can't be merged" in str(error)
     else:
-        assert not names(spec) & UNMERGEABLE and "peft" not in merged
-        assert jax.tree.structure(merged["params"]) == jax.tree.structure(case.point["params"])
-        np.testing.assert_allclose(case.forward(merged), case.forward(case.point), atol=1e-5)
-        assert tiny.same(merge(merged), merged)
-    assert tiny.same(jax.tree.map(np.array, case.point), before)
+        assert "peft" not in merged and jax.tree.structure(merged["params"]) == jax.tree.structure(point["params"])
+        output = tiny.case("linear_probe", family).forward({"params": merged["params"]})
+        np.testing.assert_allclose(output, case.forward(case.point), atol=2e-5)
+        assert merge(merged) is merged or tiny.same(merge(merged), merged)
+    assert tiny.same(jax.tree.map(np.array, point), before)
 
 
 @every
 def test_every_layer_of_every_added_leaf_changes_the_output(spec, family):
     case = tiny.case(spec, family)
     output = case.forward(case.point)
-    leaves = tree.paths(case.point["peft"])
-    for path, leaf in leaves.items():
+    nodes = tree.paths(case.point["peft"], is_leaf=peft.is_node)
+    derived = {path for path, node in nodes.items() if node.derived}
+    for path, leaf in tree.paths(case.point["peft"]).items():
+        if any(path.startswith(f"{node}/") for node in derived):
+            continue
         stacked = path.startswith("layers/")
+        on = case.point_on(path)
         for layer in range(leaf.shape[0]) if stacked else [None]:
-            step = np.random.default_rng(5).normal(size=leaf.shape[stacked:]) if leaf.dtype.kind == "f" else 1
-            moved = leaf.at[layer].add(step) if stacked else leaf + np.asarray(step, leaf.dtype)
+            old = leaf[layer] if stacked else leaf
+            step = np.random.default_rng(5).normal(size=old.shape)
+            new = ~old if leaf.dtype == bool else old + (step if jnp.issubdtype(leaf.dtype, jnp.floating) else 1)
+            moved = leaf.at[layer].set(new) if stacked else new.astype(leaf.dtype)
             put = lambda p, x, path=path, moved=moved: moved if p == path else x  # noqa: E731
             changed = case.forward(case.point | {"peft": tree.map_with_path(put, case.point["peft"])})
-            assert np.abs(changed - output).max() > 1e-5, (path, layer)
+            assert (np.abs(changed - output).max() > 1e-5) == on(layer), (path, layer)
 
 
 @every
@@ -101,7 +113,6 @@ def test_padding_and_neighbours_change_nothing(spec, family):
     case = tiny.case(spec, family)
     data = tiny.batch(1, tiny.SHORT, seed=7)
     text, pads = data["tokens"][0].clip(1), tiny.LENGTH - tiny.SHORT
-    alone = case.forward(case.point, {"tokens": text[None], "mask": np.ones_like(text)[None]})[0]
     rng = np.random.default_rng(8)
     tokens = rng.integers(1, tiny.VOCAB, (tiny.ROWS, tiny.LENGTH)).astype(np.int32)  # pads are no zeros either
     mask = np.ones_like(tokens)
@@ -110,37 +121,48 @@ def test_padding_and_neighbours_change_nothing(spec, family):
         mask[row] = 0
         tokens[row, start : start + tiny.SHORT], mask[row, start : start + tiny.SHORT] = text, 1
     padded = case.forward(case.point, {"tokens": tokens, "mask": mask})
+    if case.spec in ("lora", "prompt", "prefix"):  # another shape is another compilation
+        alone = case.forward(case.point, {"tokens": text[None], "mask": np.ones_like(text)[None]})[0]
+    else:
+        alone = padded[0, pads:]
     for row, start in starts.items():
         np.testing.assert_allclose(padded[row, start : start + tiny.SHORT], alone, atol=1e-5, err_msg=f"row {row}")
     assert np.abs(padded[3, : tiny.SHORT] - alone).max() > 1e-2, "another text gives another result"
+    tokens[3] = rng.integers(1, tiny.VOCAB, tiny.LENGTH)
+    again = case.forward(case.point, {"tokens": tokens, "mask": mask})
+    np.testing.assert_array_equal(again[:3][mask[:3] == 1], padded[:3][mask[:3] == 1])
 
 
 @every
 def test_save_and_load_under_any_name(spec, family, tmp_path):
     case = tiny.case(spec, family)
     base, point = {"name": "tiny", "fingerprint": "f" * 64}, case.point
-    output = case.forward(peft.realised(case.method, point, case.sites))
-    np.testing.assert_allclose(case.forward(point), output, atol=1e-5)
-    for name in ("0", "self_attn", "lora", "default"):
-        size = adapter.save(tmp_path / name, spec, point, case.sites, base, classes=["a", "b", "c"])
+    size = adapter.save(tmp_path / "0", spec, point, case.sites, base, classes=["a", "b", "c"])
+    assert size == sum(f.stat().st_size for f in (tmp_path / "0").iterdir())
+    for name in ("self_attn", "lora", "default"):
+        shutil.copytree(tmp_path / "0", tmp_path / name)
         loaded = adapter.load(tmp_path / name)
         assert loaded.meta["classes"] == ["a", "b", "c"] and loaded.meta["spec"] == spec
         assert loaded.meta["trainable"] == tree.count(point, case.mask)
-        assert size == sum(f.stat().st_size for f in (tmp_path / name).iterdir())
-        variables = adapter.attach(loaded, case.variables["params"], case.sites, base["fingerprint"])
-        np.testing.assert_array_equal(case.forward(variables), output)
-        assert ("head" in variables) == case.has_head
-        if case.has_head:
-            assert tiny.same(variables["head"], point["head"])
+    variables = adapter.attach(loaded, case.variables["params"], case.sites, base["fingerprint"])
+    realised = peft.realised(case.method, point, case.sites)
+    np.testing.assert_array_equal(case.forward(variables), case.forward(realised))
+    np.testing.assert_allclose(case.forward(variables), case.forward(point), atol=1e-5)
+    assert ("head" in variables) == case.has_head
+    if case.has_head:
+        assert tiny.same(variables["head"], point["head"])
 
 
-@every
+unrolled = cases(slow=lambda spec: spec not in ("lora", "prefix", "houlsby") and not spec.startswith(CHAIN))
+
+
+@unrolled
 def test_scanned_equals_unrolled(spec, family):
-    case, unrolled = tiny.case(spec, family), tiny.case(spec, family, scan=False)
+    case, other = tiny.case(spec, family), tiny.case(spec, family, scan=False)
     added = unstack(case.point["peft"])
-    assert tree.constant(added, 0) == tree.constant(unrolled.variables["peft"], 0)
+    assert tree.constant(added, 0) == tree.constant(other.variables["peft"], 0)
     variables = {"params": unstack(case.point["params"]), "peft": added}
-    np.testing.assert_allclose(unrolled.forward(variables), case.forward(case.point), atol=1e-5)
+    np.testing.assert_allclose(other.forward(variables), case.forward(case.point), atol=1e-5)
     assert tiny.same(stack(added), case.point["peft"])
 
 
@@ -160,11 +182,11 @@ def test_linear_probe_needs_a_head():
 @pytest.mark.parametrize("spec", ["lora", "prefix", "houlsby", "lora+ia3"])
 def test_init_depends_on_the_key_and_the_path_alone(spec):
     case = tiny.case(spec, "encoder")
-    again = peft.init(case.method, jax.random.key(1), case.sites)
-    other = peft.init(case.method, jax.random.key(2), case.sites)
-    assert tiny.same(again, case.variables["peft"])
-    assert not tiny.same(again, other)
+    init = jax.jit(functools.partial(peft.init, case.method, sites=case.sites))
+    assert tiny.same(init(jax.random.key(1)), case.variables["peft"])
+    assert not tiny.same(init(jax.random.key(2)), case.variables["peft"])
     if spec == "lora":
         fewer = peft.init(registry.parse("lora:targets=attn/q"), jax.random.key(1), case.sites)
-        assert tiny.same(fewer["layers"]["attn"]["q"], again["layers"]["attn"]["q"])
-        assert not np.array_equal(again["layers"]["attn"]["q"]["lora"].a, again["layers"]["attn"]["v"]["lora"].a)
+        q, v = (case.variables["peft"]["layers"]["attn"][name] for name in "qv")
+        tiny.close(fewer["layers"]["attn"]["q"], q, 1e-6)
+        assert not np.array_equal(q["lora"].a, v["lora"].a)
