@@ -5,7 +5,9 @@
 
     after   peft {"attn": {"k": {"ia3": Scale(l[L, out])}, "v": ...}, "mlp": {"down": {"ia3": ScaleInput(l[L, in])}}}
 
-With l = 1 a fresh (IA)3 is the base itself. Folds into the columns (rows) of the kernels.
+With l = 1 a fresh (IA)3 is the base itself. Folds into the columns (rows) of the kernels. Cross-attention is rescaled
+like self-attention where a model has it. The authors' code scales the output of T5's wi_1, one factor of the product
+that `down` reads: the same.
 """
 
 from typing import Any, ClassVar
@@ -15,7 +17,9 @@ import jax
 from research.errors import FlagError
 from research.nn.sites import LinearNode, Site
 from research.peft import tree
-from research.peft.method import Method, PyTree, Sites, constant, leaf, place, select
+from research.peft.method import Card, Method, PyTree, Sites, constant, leaf, place, select
+
+CARD = Card(paper="2205.05638", kind="additive", memory="yes", inference="extra gating")
 
 
 class Scale(LinearNode):
@@ -44,7 +48,7 @@ class ScaleInput(LinearNode):
         return w * self.l[:, None]
 
 
-def ia3(targets: str = "attn/(k|v)", feedforward: str = "mlp/down") -> Method:
+def ia3(targets: str = "(cross_)?attn/(k|v)", feedforward: str = "mlp/down") -> Method:
     """Rescales keys, values and hidden units.
 
     Args:

@@ -8,7 +8,9 @@
                        "embed": {"prompt": {"prefix": Shift(P)}}}
 
 The text's positions start after the prefix, as they do where a prefix is a cache of P past tokens. `hidden=0` trains
-keys and values themselves.
+keys and values themselves. E, and with `hidden=0` k and v, start at N(0, 1), W at U(-1/sqrt(in), 1/sqrt(in)), b at 0.
+The paper's start for little data, the activations of real words, is not here: `fit` sees the parameters and a loss, but
+no model to read activations from.
 """
 
 from collections.abc import Callable
@@ -19,10 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen import LogicallyPartitioned
 
-from research.nn.sites import AttentionNode, EmbedNode, Node, Site
+from research.nn.sites import AttentionNode, EmbedNode, Node, Site, Virtual
 from research.peft import tree
 from research.peft.method import (
     REPARAM,
+    Card,
     Method,
     PyTree,
     Sites,
@@ -37,6 +40,8 @@ from research.peft.method import (
     zeros,
 )  # fmt: skip
 
+CARD = Card(paper="2101.00190", kind="additive", memory="yes", inference="extra input")
+
 
 class Prefix(AttentionNode):
     """k, v [P, kv_heads, K]; rotary embedding is not applied to them."""
@@ -45,8 +50,8 @@ class Prefix(AttentionNode):
     v: Any
     trained: ClassVar[tuple[str, ...]] = ("k", "v")
 
-    def keys_values(self, x: jax.Array, project: Callable) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return self.k, self.v, jnp.ones(self.k.shape[:1], bool)
+    def keys_values(self, x: jax.Array, project: Callable) -> Virtual:
+        return Virtual(self.k, self.v, jnp.ones(self.k.shape[:1], bool))
 
 
 class Shift(EmbedNode):
@@ -94,6 +99,37 @@ def prefixes(sites: Sites, rng: jax.Array, name: str, length: int, targets: str)
     )
 
 
+def projected(sites: Sites, rng: jax.Array, name: str, length: int, hidden: int, targets: str) -> PyTree:
+    """Places the MLP that gives the keys and values of all attention sites, and the shift."""
+    (d,) = next(iter(select(sites, "embed", ".*").values())).shape
+    width = sum(_width(site) for site in select(sites, "attention", targets).values())
+    table, w1, w2 = jax.random.split(fold(rng, REPARAM), 3)
+    plain = lambda x: LogicallyPartitioned(x, (None,) * x.ndim)  # noqa: E731
+    mlp = PrefixMlp(
+        plain(normal(1.0)(table, (length, d))),
+        plain(uniform(d**-0.5)(w1, (d, hidden))),
+        plain(zeros(w1, (hidden,))),
+        plain(uniform(hidden**-0.5)(w2, (hidden, width))),
+        plain(zeros(w2, (width,))),
+    )
+    return tree.merge_dicts({REPARAM: {name: mlp}}, shift(sites, rng, name, length))
+
+
+def realised(variables: Variables, sites: Sites, name: str, targets: str) -> Variables:
+    """The variables whose MLP `name` is replaced by the keys and values it gives."""
+    peft = dict(variables["peft"])
+    mlp = peft.pop(REPARAM, {}).get(name)
+    if mlp is None:
+        return variables
+    flat, start, out = mlp(), 0, {}
+    for path, site in sorted(select(sites, "attention", targets).items(), key=lambda item: _natural(item[0])):
+        part = flat[:, start : start + _width(site)].reshape(-1, *site.stack.shape, 2, *site.shape)
+        start += _width(site)
+        k, v = jnp.moveaxis(part, part.ndim - 3, 0)
+        out[f"{path}/{name}"] = Prefix(*(jnp.moveaxis(x, 0, x.ndim - 3) for x in (k, v)))
+    return variables | {"peft": tree.merge_dicts(peft, tree.unflatten(out))}
+
+
 def prefix(length: int = 10, hidden: int = 512, targets: str = "attn/kv") -> Method:
     """Keys and values before every layer's own.
 
@@ -109,32 +145,9 @@ def prefix(length: int = 10, hidden: int = 512, targets: str = "attn/kv") -> Met
     def init(rng: jax.Array, sites: Sites) -> PyTree:
         if hidden == 0:
             return prefixes(sites, rng, "prefix", length, targets)
-        (d,) = next(iter(select(sites, "embed", ".*").values())).shape
-        width = sum(_width(site) for site in select(sites, "attention", targets).values())
-        table, w1, w2 = jax.random.split(fold(rng, REPARAM), 3)
-        plain = lambda x: LogicallyPartitioned(x, (None,) * x.ndim)  # noqa: E731
-        mlp = PrefixMlp(
-            plain(normal(1.0)(table, (length, d))),
-            plain(uniform(d**-0.5)(w1, (d, hidden))),
-            plain(zeros(w1, (hidden,))),
-            plain(uniform(hidden**-0.5)(w2, (hidden, width))),
-            plain(zeros(w2, (width,))),
-        )
-        return tree.merge_dicts({REPARAM: {"prefix": mlp}}, shift(sites, rng, "prefix", length))
+        return projected(sites, rng, "prefix", length, hidden, targets)
 
-    def realise(variables: Variables, sites: Sites) -> Variables:
-        peft = dict(variables["peft"])
-        mlp = peft.pop(REPARAM, {}).get("prefix")
-        if mlp is None:
-            return variables
-        flat, start, out = mlp(), 0, {}
-        for path, site in sorted(select(sites, "attention", targets).items(), key=lambda item: _natural(item[0])):
-            part = flat[:, start : start + _width(site)].reshape(-1, *site.stack.shape, 2, *site.shape)
-            start += _width(site)
-            k, v = jnp.moveaxis(part, part.ndim - 3, 0)
-            out[f"{path}/prefix"] = Prefix(*(jnp.moveaxis(x, 0, x.ndim - 3) for x in (k, v)))
-        return variables | {"peft": tree.merge_dicts(peft, tree.unflatten(out))}
-
+    realise = lambda variables, sites: realised(variables, sites, "prefix", targets)  # noqa: E731
     return Method(init, realise=realise, identity=False)
 
 
