@@ -19,6 +19,7 @@ from research.errors import FlagError, did_you_mean
 from research.nn.sites import ResidualNode, Site
 from research.peft.layernorm import NORMS
 from research.peft.method import (
+    Card,
     Method,
     PyTree,
     Sites,
@@ -33,7 +34,9 @@ from research.peft.method import (
     zeros,
 )  # fmt: skip
 
+CARD = Card(paper="1902.00751", kind="additive", memory="yes", inference="extra FFN")
 ACTIVATIONS = {"gelu": jax.nn.gelu, "relu": jax.nn.relu, "swish": jax.nn.swish, "tanh": jax.nn.tanh}
+Draw = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
 
 class Bottleneck(ResidualNode):
@@ -53,18 +56,24 @@ class Bottleneck(ResidualNode):
     def residual(
         self, stream: jax.Array, x: jax.Array, y: jax.Array, norm: Callable, rng: jax.Array | None
     ) -> jax.Array:
-        h = norm(stream + y) if self.after_norm else y
-        down, down_bias, up, up_bias = (p.astype(y.dtype) for p in (self.down, self.down_bias, self.up, self.up_bias))
-        return y + ACTIVATIONS[self.activation](h @ down + down_bias) @ up + up_bias
+        return y + self.change(self.reads(stream, y, norm))
+
+    def reads(self, stream: jax.Array, y: jax.Array, norm: Callable) -> jax.Array:
+        """What the bottleneck reads after a sublayer."""
+        return norm(stream + y) if self.after_norm else y
+
+    def change(self, h: jax.Array) -> jax.Array:
+        """h [..., D] -> what is added, [..., D]."""
+        down, down_bias, up, up_bias = (p.astype(h.dtype) for p in (self.down, self.down_bias, self.up, self.up_bias))
+        return ACTIVATIONS[self.activation](h @ down + down_bias) @ up + up_bias
 
 
 def bottleneck(
-    width: int, activation: str, after_norm: bool, draw: Callable[[jax.Array, tuple[int, ...]], jax.Array]
+    width: int, activation: str, after_norm: bool, draw: Draw, draw_up: Draw | None = None
 ) -> Callable[[Site, jax.Array], Bottleneck]:
-    """Makes the node of a site: weights by `draw`, biases 0."""
+    """Makes the node of a site: weights by `draw` (those of the way up by `draw_up` where given), biases 0."""
     at_least("width", width, 1)
-    if activation not in ACTIVATIONS:
-        raise FlagError(f"unknown activation {activation!r}.{did_you_mean(activation, ACTIVATIONS)}")
+    known(activation)
 
     def node(site: Site, rng: jax.Array) -> Bottleneck:
         (d,) = site.shape
@@ -72,7 +81,7 @@ def bottleneck(
         return Bottleneck(
             leaf(site, down, draw, (d, width), (*site.axes, None)),
             leaf(site, down, zeros, (width,)),
-            leaf(site, up, draw, (width, d), (None, *site.axes)),
+            leaf(site, up, draw_up or draw, (width, d), (None, *site.axes)),
             leaf(site, up, zeros, (d,), site.axes),
             activation,
             after_norm,
@@ -81,7 +90,13 @@ def bottleneck(
     return node
 
 
-def truncated_normal(std: float) -> Callable[[jax.Array, tuple[int, ...]], jax.Array]:
+def known(activation: str) -> None:
+    """FlagError where there is no such activation."""
+    if activation not in ACTIVATIONS:
+        raise FlagError(f"unknown activation {activation!r}.{did_you_mean(activation, ACTIVATIONS)}")
+
+
+def truncated_normal(std: float) -> Draw:
     """Draws N(0, std^2) cut at two standard deviations."""
     return lambda rng, shape: std * jax.random.truncated_normal(rng, -2.0, 2.0, shape)
 

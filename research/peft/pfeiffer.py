@@ -12,7 +12,9 @@ initialisation is BERT's: N(0, 0.02^2), biases 0.
 import jax
 
 from research.peft.houlsby import bottleneck
-from research.peft.method import Method, PyTree, Sites, normal, place, select
+from research.peft.method import Card, Method, PyTree, Sites, normal, place, select
+
+CARD = Card(paper="2005.00247", kind="additive", memory="yes", inference="extra FFN")
 
 
 def pfeiffer(width: int = 64, activation: str = "relu", targets: str = "mlp_residual", std: float = 0.02) -> Method:
