@@ -100,7 +100,8 @@ def start(
     A sequence of seeds makes one program of as many runs: own adapters, heads, optimiser states and data order, one
     base.
     """
-    method, sites = registry.parse(spec, base.tokenizer), peft.sites(base.model)
+    method = registry.parse(spec, tokenizer=base.tokenizer, run_steps=recipe.steps)
+    sites = peft.sites(base.model)
     several, tx = not isinstance(seeds, int), recipe.tx()
     seeds = list(seeds) if several else [seeds]
     loss = classify.loss(base.model)

@@ -14,8 +14,16 @@ from jax.custom_derivatives import SymbolicZero
 from research.nn.param import dense, dropout
 
 
+class Deferred:
+    """Stands for a kernel made of another, `w`, of the same shape."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.w.shape
+
+
 @struct.dataclass
-class LowRank:
+class LowRank(Deferred):
     """The deferred kernel W + A B: w [in, out] or quantised, a [in, r], b [r, out]; any scale is inside `a`."""
 
     w: Any
@@ -32,7 +40,31 @@ class LowRank:
 
 
 @struct.dataclass
-class Dropped:
+class Scaled(Deferred):
+    """The deferred kernel w, itself an array, quantised or deferred, with its columns multiplied by c [out]."""
+
+    w: Any
+    c: jax.Array
+
+    def dequantise(self, dtype: jnp.dtype) -> jax.Array:
+        """One array [in, out]."""
+        return dense(self.w, dtype) * self.c.astype(dtype)
+
+
+@struct.dataclass
+class Plus(Deferred):
+    """The deferred kernel w + d with a dense d [in, out] in fp32, which half precision must not round away beside w."""
+
+    w: Any
+    d: jax.Array
+
+    def dequantise(self, dtype: jnp.dtype) -> jax.Array:
+        """One array [in, out]."""
+        return (dense(self.w, jnp.float32) + self.d).astype(dtype)
+
+
+@struct.dataclass
+class Dropped(Deferred):
     """The deferred W + A B whose second product sees its input through dropout, which no one kernel can do."""
 
     w: Any
@@ -44,6 +76,8 @@ class Dropped:
 
 def low_rank(w: Any, a: jax.Array, b: jax.Array, rate: float = 0.0, rng: jax.Array | None = None) -> LowRank | Dropped:
     """Defers w + a b, with dropout before a where there is an rng; `w` may itself be deferred."""
+    if isinstance(w, Scaled):  # b / c would keep the products thin, but c may be 0
+        w = dense(w, jnp.float32)
     if rng is not None and rate > 0:
         return Dropped(w, a, b, rng, rate)
     if isinstance(w, Dropped):
@@ -53,6 +87,11 @@ def low_rank(w: Any, a: jax.Array, b: jax.Array, rate: float = 0.0, rng: jax.Arr
 
 def dot(x: jax.Array, w: Any) -> jax.Array:
     """x [N, in] times w [in, out] (array, quantised node or deferred) -> [N, out] in x's dtype."""
+    if isinstance(w, Scaled):
+        return dot(x, w.w) * w.c.astype(x.dtype)
+    if isinstance(w, Plus):
+        apart = x.dtype.itemsize < 4 or isinstance(w.w, Dropped)
+        return dot(x, w.w) + x @ w.d.astype(x.dtype) if apart else x @ dense(w, x.dtype)
     if isinstance(w, Dropped):
         return dot(x, w.w) + (dropout(x, w.rate, w.rng) @ w.a.astype(x.dtype)) @ w.b.astype(x.dtype)
     if isinstance(w, LowRank):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from research.nn.dot import Dropped, LowRank
+from research.nn.dot import Dropped, LowRank, Plus
 from research.nn.param import dense
 from research.nn.sites import Node, Virtual
 
@@ -29,6 +29,10 @@ class On(Node):
     @property
     def trained(self) -> tuple[str, ...]:
         return self.node.trained
+
+    @property
+    def inert(self) -> tuple[str, ...]:
+        return tuple(f"node/{name}" for name in self.node.inert)
 
     @property
     def derived(self) -> bool:
@@ -75,6 +79,8 @@ def choose(on: jax.Array, new: Any, old: Any) -> Any:
     if isinstance(new, LowRank) and new.w is (old.w if isinstance(old, LowRank) else old):
         rank = old.a.shape[-1] if isinstance(old, LowRank) else 0
         return LowRank(new.w, new.a.at[..., rank:].multiply(on), new.b)
+    if isinstance(new, Plus) and new.w is old:
+        return Plus(old, jnp.where(on, new.d, 0.0))
     if isinstance(new, Dropped):
         if new.w is old:
             return new.replace(a=new.a * on)

@@ -39,12 +39,14 @@ class Node(struct.PyTreeNode):
     """One method's added arrays at one site.
 
     `trained` names the fields with gradients; the others are frozen leaves. A `derived` node is made by its method's
-    `realise` at every apply, so that no adapter stores it.
+    `realise` at every apply, so that no adapter stores it. `inert` names the fields that change no output: a method's
+    own state of training.
     """
 
     kind: ClassVar[str]
     trained: ClassVar[tuple[str, ...]]
     derived: ClassVar[bool] = False
+    inert: ClassVar[tuple[str, ...]] = ()
 
     def bind(self, shared: "Node") -> "Node":
         """The node with what all layers share, from collection `shared`, which the scan broadcasts."""

@@ -75,7 +75,7 @@ def _stored(method: Method, variables: Variables, sites: Sites, mask: PyTree) ->
     trained, _ = tree.partition(variables["params"], mask["params"])
     realised = peft.realised(method, variables, sites)
     kept = {k: v for k, v in realised.items() if k == "head"} | {"params": trained}
-    leaves = {path: np.asarray(x) for path, x in tree.paths(kept | {"peft": _own(realised["peft"])}).items()}
+    leaves = {path: np.asarray(x) for path, x in tree.paths(kept | {"peft": own(realised["peft"])}).items()}
     for path, x in _rebuilt(method, sites, mask).items():
         if path in leaves and np.asarray(x).tobytes() == leaves[path].tobytes():
             del leaves[path]
@@ -87,11 +87,11 @@ def _stored(method: Method, variables: Variables, sites: Sites, mask: PyTree) ->
     return out
 
 
-def _own(added: PyTree) -> PyTree:
+def own(added: PyTree) -> PyTree:
     """Without the nodes that `realise` makes at every apply."""
     if not isinstance(added, dict):
         return added
-    return {k: _own(v) for k, v in added.items() if not (peft.is_node(v) and v.derived)}
+    return {k: own(v) for k, v in added.items() if not (peft.is_node(v) and v.derived)}
 
 
 def _on_paths(added: PyTree) -> set[str]:
@@ -177,14 +177,21 @@ def attach(
         )
     method = adapter.method
     added = jax.eval_shape(lambda: peft.init(method, jax.random.key(0), sites))
-    mask = peft.mask(method, {"params": params, "peft": added, "head": {"bias": jnp.zeros(1)}})
+    mask = _held(adapter, peft.mask(method, {"params": params, "peft": added, "head": {"bias": jnp.zeros(1)}}))
     trained, rest = tree.partition(params, mask["params"])
-    saved = jax.eval_shape(lambda x: _own(peft.realised(method, {"params": params, "peft": x}, sites)["peft"]), added)
+    saved = jax.eval_shape(lambda x: own(peft.realised(method, {"params": params, "peft": x}, sites)["peft"]), added)
     if head is None:
         head = tree.unflatten({p: x for p, x in adapter.leaves.items() if p.startswith("head/")}).get("head")
     expected = {"peft": saved, "params": trained} | ({} if head is None else {"head": head})
     filled = _fill(expected, _whole(adapter, expected, trained, sites, mask))
     return filled | {"params": tree.combine(filled["params"], rest)}
+
+
+def _held(adapter: Adapter, mask: PyTree) -> PyTree:
+    """The mask in which a base leaf of which data chose the elements trains where the file has some of them."""
+    there = {path.partition("#")[0] for path in adapter.leaves}
+    absent = lambda path, m: isinstance(m, jax.ShapeDtypeStruct) and f"params/{path}" not in there  # noqa: E731
+    return mask | {"params": tree.map_with_path(lambda path, m: m if not absent(path, m) else False, mask["params"])}
 
 
 def _whole(adapter: Adapter, expected: PyTree, trained: PyTree, sites: Sites, mask: PyTree) -> dict[str, Any]:

@@ -4,22 +4,24 @@
     after   {"params": {..., "attn": {"q": {"kernel", "bias" (trained)}}}}
 
 Every parameter called bias: q, k, v, the attention's output, both layer norms, both feed-forward projections, the
-embeddings' norm and the pooler. Layer-norm gains stay frozen, as in the authors' code. A model without biases (LLaMA)
-is refused.
+embeddings' norm and the pooler. Layer-norm gains stay frozen, as in the authors' code. The paper's partial form has the
+biases of the query and of the first feed-forward projection (b_q and b_m2, "query intermediate"), which is
+`targets=attn/q|mlp/up`; the authors' code always trains the pooler's bias with them, which is
+`targets=attn/q|mlp/up|pooler`. A model without biases (LLaMA) is refused.
 """
 
 from research.errors import FlagError
 from research.peft import tree
 from research.peft.method import Card, Method, PyTree, Variables, base_leaves
 
-CARD = Card("2106.10199", "selective", memory="yes", inference="none")
+CARD = Card(paper="2106.10199", kind="selective", memory="yes", inference="none")
 
 
 def bitfit(targets: str = ".*") -> Method:
     """Trains biases.
 
     Args:
-        targets: pattern of the path of what owns the bias; the paper's partial form is "attn/q|mlp/up|pooler".
+        targets: pattern of the path of what owns the bias; the paper's partial form is "attn/q|mlp/up".
     Raises FlagError where the model has no such bias.
     """
 

@@ -169,7 +169,7 @@ def on_layers(method: Method, layers: str) -> Method:
             return on if mask is True else np.logical_and(mask, on)
         if first.startswith("layers_"):
             return mask if int(first.removeprefix("layers_")) in numbers else False
-        return mask and path.startswith("peft/")
+        return mask if path.startswith("peft/") else False
 
     def trainable(variables: Variables) -> PyTree:
         mine = variables | {"peft": _unwrap(variables.get("peft", {}))}

@@ -24,8 +24,20 @@ from flax import struct
 from research.errors import FlagError
 from research.nn.attention import attend
 from research.nn.sites import OutputNode, Site
-from research.peft.method import Card, Method, PyTree, Sites, at_least, constant, leaf, place, select, uniform, zeros
-from research.peft.phm import divides
+from research.peft.method import (
+    Card,
+    Method,
+    PyTree,
+    Sites,
+    at_least,
+    constant,
+    divides,
+    leaf,
+    place,
+    select,
+    uniform,
+    zeros,
+)  # fmt: skip
 
 CARD = Card(paper="2206.06522", kind="additive", memory="yes", inference="extra decoder")
 RUNGS = ("down", "down_bias", "gate", "attn_norm", "q", "k", "v", "o", "mlp_norm", "wi", "wo")

@@ -9,7 +9,7 @@ Every norm of the model: those of the layers, of the embeddings, and the last on
 
 from research.peft.method import Card, Method, PyTree, Variables, base_leaves
 
-CARD = Card("2312.11420", "selective", memory="yes", inference="none")
+CARD = Card(paper="2312.11420", kind="selective", memory="yes", inference="none")
 NORMS = r"\w*norm/(scale|bias)"
 
 

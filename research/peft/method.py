@@ -110,7 +110,8 @@ def init_axes(method: Method, sites: Sites) -> PyTree:
 def parameters(variables: Variables) -> int:
     """How many parameters base and added subtree have; heads are counted apart.
 
-    A frozen scalar of a node, a layer's or the model's, is a setting and no parameter (LoRA's scale, a prefix's shift).
+    A frozen scalar of a node, a layer's or the model's, is a setting and no parameter (LoRA's scale), and so are whole
+    numbers and masks. A node that is there in some layers only counts in those.
     """
 
     def own(path: str, node: Node) -> int:
@@ -119,11 +120,10 @@ def parameters(variables: Variables) -> int:
             whole, depth = own(path, node.node), node.on.shape[0] if stack else 1
             here = len(node.layers) if stack else int(path.split("/")[0].removeprefix("layers_")) in node.layers
             return whole // depth * here
-        leaves = {name: getattr(node, name) for name in fields(node)}
-        own_leaves = [
-            x for name, leaf in leaves.items() for x in jax.tree.leaves(leaf) if name in node.trained or x.ndim > stack
-        ]
-        return sum(tree.count(x) for x in own_leaves)
+        names = [name for name in fields(node) if name not in node.inert]
+        leaves = [(name, x) for name in names for x in jax.tree.leaves(getattr(node, name))]
+        kept = [x for name, x in leaves if name in node.trained or x.ndim > stack]
+        return tree.count([x for x in kept if jnp.issubdtype(x.dtype, jnp.floating)])
 
     added = tree.paths(variables.get("peft", {}), is_leaf=is_node)
     return tree.count(variables["params"]) + sum(own(path, node) for path, node in added.items())
@@ -258,3 +258,11 @@ def at_least(name: str, value: float, least: float) -> None:
     """FlagError where an option is below its least value."""
     if not value >= least:
         raise FlagError(f"{name}={value} is out of range: the least value is {least}.")
+
+
+def divides(name: str, value: int, width: int) -> None:
+    """FlagError where an option does not divide a width; it names the nearest that do."""
+    at_least(name, value, 1)
+    if width % value:
+        near = sorted((k for k in range(1, width + 1) if width % k == 0), key=lambda k: abs(k - value))[:3]
+        raise FlagError(f"{name}={value} does not divide {width}. Valid: {', '.join(map(str, sorted(near)))}.")

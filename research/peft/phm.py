@@ -32,6 +32,7 @@ from research.peft.method import (
     Variables,
     at_least,
     base_leaves,
+    divides,
     either,
     leaf,
     normal,
@@ -85,13 +86,6 @@ def widths(d: int, reduction: int, division: int) -> tuple[int, int]:
     """(D/n, m/n). FlagError where n does not divide D."""
     divides("division", division, d)
     return d // division, -(-d // (reduction * division))
-
-
-def divides(name: str, value: int, width: int) -> None:
-    """FlagError where an option does not divide a width; it names the nearest that do."""
-    if width % value:
-        near = sorted((k for k in range(1, width + 1) if width % k == 0), key=lambda k: abs(k - value))[:3]
-        raise FlagError(f"{name}={value} does not divide {width}. Valid: {', '.join(map(str, sorted(near)))}.")
 
 
 def in_range(reduction: int, division: int, activation: str, std: float) -> None:

@@ -35,12 +35,13 @@ def small(name: str) -> str:
     return f"{name}:{options}" if (options := card(name).small) else name
 
 
-def parse(spec: str, tokenizer: Any = None) -> Method:
+def parse(spec: str, **run: Any) -> Method:
     """The method of a specification; FlagError names the nearest method, option or value.
 
-    tokenizer: of the model, for methods that start from text: they have a keyword-only parameter of this name.
+    run: what a run knows, for the methods with a keyword-only parameter of that name: `tokenizer`, the model's, for
+    those that start from text, and `run_steps`, how many steps there will be, for those with a schedule.
     """
-    parts = [_parse_one(part, tokenizer) for part in split(spec)]
+    parts = [_parse_one(part, run) for part in split(spec)]
     return parts[0] if len(parts) == 1 else chain(*parts)
 
 
@@ -80,7 +81,7 @@ def _function(path: str) -> Callable[..., Method] | None:
     return function if declared in (Method, "Method") and function.__module__ == module.__name__ else None
 
 
-def _parse_one(part: str, tokenizer: Any) -> Method:
+def _parse_one(part: str, run: dict[str, Any]) -> Method:
     name, _, options = part.strip().partition(":")
     function = find(name)
     signature = inspect.signature(function, eval_str=True).parameters
@@ -96,7 +97,7 @@ def _parse_one(part: str, tokenizer: Any) -> Method:
             raise FlagError(f"{name}: {key} is given twice.")
         arguments[key] = _value(name, key, text, parameters[key])
     layers = arguments.pop("layers", None)
-    method = function(**arguments, **({"tokenizer": tokenizer} if "tokenizer" in signature else {}))
+    method = function(**arguments, **{k: v for k, v in run.items() if k in signature and k not in parameters})
     return method if layers is None else on_layers(method, layers)
 
 

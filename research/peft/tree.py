@@ -37,7 +37,7 @@ def trains(mask_leaf: Any) -> bool:
     """A mask leaf is a bool, or a bool array, broadcast to the leaf, where part of it trains: then the whole leaf is
     trainable. So it is where the array is not known yet but its shape.
     """
-    return isinstance(mask_leaf, jax.ShapeDtypeStruct) or bool(np.any(mask_leaf))
+    return isinstance(mask_leaf, jax.ShapeDtypeStruct) or bool(np.any(np.asarray(mask_leaf)))
 
 
 def partition(variables: PyTree, mask: PyTree) -> tuple[PyTree, PyTree]:
@@ -94,7 +94,7 @@ def count(tree: PyTree, mask: PyTree | None = None) -> int:
     def size(x: Any, m: Any) -> int:
         if isinstance(m, jax.ShapeDtypeStruct) or not np.ndim(m):
             return math.prod(x.shape) * trains(m)
-        return int(np.sum(m)) * (math.prod(x.shape) // math.prod(np.shape(m)))
+        return int(np.sum(np.asarray(m))) * (math.prod(x.shape) // math.prod(np.shape(m)))
 
     return sum(jax.tree.leaves(jax.tree.map(size, tree, mask)))
 

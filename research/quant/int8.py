@@ -26,6 +26,10 @@ class Int8:
     scale: Any
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        return self.codes.shape
+
+    @property
     def ndim(self) -> int:
         return self.codes.ndim
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.nn.dot import Dropped, LowRank, dot, low_rank
-from research.nn.param import dropout
+from research.nn.dot import Dropped, LowRank, Plus, Scaled, dot, low_rank
+from research.nn.param import dense, dropout
 from research.quant.int8 import quantise
 from tests.tiny import products
 
@@ -161,3 +161,31 @@ def test_a_small_update_survives_half_precision(tokens):
     dx = jax.grad(lambda x: deferred(x, w, a, b).astype(jnp.float32).sum())(x).astype(jnp.float32)
     np.testing.assert_allclose(dx, jnp.tile(D_OUT * (1 + 0.002 * sign), (tokens, 1)), rtol=0.01)
     assert deferred(x.astype(jnp.float32), w, a, b).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("inner", ["array", "int8", "low rank", "dropped"])
+def test_scaled_and_plus_are_what_they_stand_for(inner):
+    x, w, a, b, dy = arrays(5)
+    c, d = jnp.arange(D_OUT, dtype=jnp.float32), 0.1 * jnp.flip(w)
+    base = {"array": w, "int8": quantise(w), "low rank": LowRank(w, a, b), "dropped": Dropped(w, a, b, None, 0.0)}[
+        inner
+    ]
+    full = w + a @ b if inner == "dropped" else dense(base, jnp.float32)
+    np.testing.assert_allclose(dot(x, Scaled(base, c)), x @ (full * c), atol=1e-4)
+    np.testing.assert_allclose(dot(x, Plus(base, d)), x @ (full + d), atol=1e-4)
+    assert Scaled(base, c).shape == Plus(base, d).shape == w.shape
+    if inner == "array":
+        found = pulled(lambda c, d: dot(x, Plus(Scaled(w, c), d)), dy, c, d, argnums=(0, 1))
+        tiny_close = [np.sum(w * (x.T @ dy), axis=0), x.T @ dy]
+        for one, two in zip(found, tiny_close, strict=True):
+            np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-4)
+
+
+def test_a_small_dense_update_is_not_rounded_away_in_half_precision():
+    x, w = jnp.ones((1, 4), jnp.bfloat16), jnp.ones((4, 4), jnp.bfloat16)
+    d = jnp.full((4, 4), 2.0**-10)
+    assert np.all(dot(x, w + d.astype(w.dtype)) == 4)
+    moved = jax.grad(lambda d: dot(x, Plus(w, d)).astype(jnp.float32).sum())(d)
+    np.testing.assert_array_equal(moved, np.ones((4, 4)))
+    np.testing.assert_array_equal(dot(x * 0 + 2.0**-6, Plus(w * 0, d)), np.full((1, 4), 2.0**-14, np.float32))
+    assert np.all(Plus(w, d).dequantise(jnp.float32) == 1 + 2.0**-10)

@@ -33,6 +33,12 @@ def test_nodes_at_one_place_merge_to_what_they_do(spec):
     np.testing.assert_allclose(case.forward(merged), case.forward(case.point), atol=1e-5)
 
 
+def test_an_output_that_reads_its_input_folds_before_the_input_turns():
+    case = tiny.case("oft:block_size=8,layers=0+lokr:rank=2", "encoder")
+    merged = merge(case.point)
+    np.testing.assert_allclose(case.forward(merged), case.forward(case.point), atol=1e-5)
+
+
 def test_both_orders_are_the_same_function():
     """A scale is on the whole output, whichever comes first."""
     one, two = (tiny.case(spec, "encoder") for spec in ORDERS)
@@ -138,11 +144,12 @@ def test_layers_are_the_method_in_those_layers_only(spec, family):
     halves = [tiny.case(f"{spec}{',' if ':' in spec else ':'}layers={i}", family) for i in (0, 1)]
     whole, unrolled = tiny.case(spec, family), tiny.case(spec, family, scan=False)
     for i, half in enumerate(halves):
-        inner = jax.tree.map(lambda n: n.node if isinstance(n, On) else n, half.point["peft"], is_leaf=peft.is_node)
+        point = half.point | {"peft": tiny.noise(half.variables["peft"])}  # what is off is moved too
+        inner = jax.tree.map(lambda n: n.node if isinstance(n, On) else n, point["peft"], is_leaf=peft.is_node)
         added = unstack(inner)
         del added[f"layers_{1 - i}"]
         expected = unrolled.forward({"params": unstack(half.point["params"]), "peft": added})
-        np.testing.assert_allclose(half.forward(half.point), expected, atol=1e-5)
+        np.testing.assert_allclose(half.forward(point), expected, atol=1e-5)
         assert np.abs(expected - whole.forward(whole.point | {"peft": inner})).max() > 1e-3
     counts = [tree.count(half.variables, half.mask) for half in halves]
     heads = tree.count(whole.variables.get("head", {}))

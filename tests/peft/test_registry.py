@@ -110,7 +110,7 @@ WRONG = {
     "chain": "unknown PEFT method",
     "lora+perfix": "'perfix'. Did you mean 'prefix'",
     "bitfit+lora:rnak=2": "no option 'rnak'. Did you mean 'rank'",
-    "lora:colour=red": "no option 'colour'. Valid: alpha, dropout, layers, rank, targets",
+    "lora:colour=red": "no option 'colour'. Valid: alpha, alpha_pattern, dropout, layers, rank, rank_pattern, targets",
     "lora:rank": "not of the form option=value",
     "lora:rank=four": "rank=four is not a int",
     "lora:rank=2.5": "rank=2.5 is not a int",
