@@ -78,7 +78,7 @@ def define_flags() -> None:
 def main() -> None:
     values = flags.FLAGS
     model, source, recipe, workdir = settings(values)
-    todo = entries.parse(values.methods)
+    todo = entries.parse(values.methods, small=values.smoke)
     if values.smoke:  # nothing here is worth an optimising compiler's time; XLA reads this when its backend starts
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
     with lock(workdir):

@@ -31,22 +31,6 @@ def test_flags_of_a_shown_command_exist(command: str):
             registry.parse(argument.removeprefix("--peft="))
 
 
-def test_every_method_is_in_the_readme():
-    readme = PAGES[0].read_text()
-    assert [name for name in registry.names() if f"`{name}`" not in readme] == []
-
-
-def test_the_readmes_table_of_methods_is_true():
-    rows = re.findall(r"^\| `(\w+)`.*\| *([^|]+?) *\|$", PAGES[0].read_text(), re.MULTILINE)
-    assert len(rows) == len(registry.names())
-    for name, printed in rows:
-        outcome = run("params", "--model=smollm2-135m", f"--peft={name}")
-        if printed.replace(",", "").isdigit() and int(printed.replace(",", "")):
-            assert f"trainable={printed.replace(',', '')} " in outcome.out, name
-        else:
-            assert outcome.status == 2, name
-
-
 @pytest.mark.slow
 @pytest.mark.assets
 def test_the_readmes_python_runs():
