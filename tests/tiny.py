@@ -70,10 +70,15 @@ def micro(data: dict, count: int) -> dict:
 
 
 def noise(values: Any, std: float = 0.1, seed: int = 1) -> Any:
-    """Moves every float leaf; integers (a position shift) stay."""
+    """Moves every float leaf; integers (a position shift) stay. In NumPy: jax would compile for each shape."""
     rng = np.random.default_rng(seed)
-    moved = lambda x: x + jnp.asarray(std * rng.normal(size=x.shape), x.dtype)  # noqa: E731
-    return jax.tree.map(lambda x: moved(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, values)
+
+    def moved(x: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        return jnp.asarray(np.asarray(x) + np.asarray(std * rng.normal(size=x.shape), x.dtype))
+
+    return jax.tree.map(moved, values)
 
 
 def tap() -> optax.GradientTransformation:
@@ -138,7 +143,7 @@ class Case:
         zeros of the initialisation no longer hide anything.
         """
         moved = noise(self.variables)
-        only = lambda new, old, m: jnp.where(m, new, old) if tree.trains(m) else old  # noqa: E731
+        only = lambda new, old, m: jnp.asarray(np.where(m, new, old)) if tree.trains(m) else old  # noqa: E731
         trained = jax.tree.map(only, moved, self.variables, self.mask)
         frozen = tree.partition(moved["peft"], self.mask["peft"])[1]
         return trained | {"peft": tree.combine(frozen, trained["peft"])}

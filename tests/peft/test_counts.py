@@ -141,8 +141,8 @@ ROWS = [
     ("smollm2-135m", "prompt:length=20", 11_520),
     ("bert-base", "prompt:length=100", 76_800),
     ("llama3-8b", "prompt:length=1", 4_096),
-    # Chains add up, and what two parts train counts once
-    ("bert-base", "bitfit+layernorm", 102_912 + 25 * 768),
+    # Chains add up
+    ("bert-base", "bitfit:targets=attn/q+layernorm", 12 * 768 + 25 * 2 * 768),
     ("roberta-base", "lora+ia3", 294_912 + 12 * (2 * 768 + 3072)),
     ("smollm2-135m", "lora+lora:rank=4", 460_800 * 3 // 2),
     # The largest, which no memory would hold: 80 * 8 * ((8192 + 8192) + (8192 + 1024))

@@ -365,7 +365,9 @@ def test_a_chain_chooses_beside_what_it_adds(tmp_path):
     np.testing.assert_array_equal(case.forward(loaded), case.forward(case.point))
 
 
-@pytest.mark.parametrize("spec", ["fishmask:fraction=0.02,batches=2", "far:steps=2,learning_rate=1e-3"])
+@pytest.mark.parametrize(
+    "spec", ["fishmask:fraction=0.02,batches=2", pytest.param("far:steps=2,learning_rate=1e-3", marks=pytest.mark.slow)]
+)
 def test_seeds_with_their_own_masks_share_a_program(spec):
     config = tiny.ENCODER
     base = SimpleNamespace(model=build(config), params=tiny.params(config), config=config, tokenizer=None)

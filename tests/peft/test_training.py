@@ -12,9 +12,10 @@ from research.peft import method as peft
 from research.peft import registry, tree
 from research.train.checkpoint import Checkpointer
 from tests import tiny
-from tests.peft.test_methods import CHAIN, cases, every
+from tests.peft.test_methods import CHAIN, OPTIONS, cases, core
 
-some = cases(slow=lambda spec: spec != "lora" and not spec.startswith(CHAIN))
+most = cases(slow=lambda spec, family: spec in OPTIONS or (family == "decoder" and not core(spec)))
+some = cases(slow=lambda spec, family: spec != "lora" and not spec.startswith(CHAIN))
 
 
 @functools.cache
@@ -31,7 +32,7 @@ def trained(spec: str, family: str) -> tuple:
     return case.variables, state.variables(frozen), frozen, gradients, case.step._cache_size()
 
 
-@every
+@most
 def test_only_what_trains_moves(spec, family):
     before, after, frozen, _, _ = trained(spec, family)
     case = tiny.case(spec, family)
@@ -47,7 +48,7 @@ def test_only_what_trains_moves(spec, family):
         assert leaf is before[path], f"{path} is a copy of the base's buffer"
 
 
-@every
+@most
 def test_every_trained_leaf_has_a_gradient_within_two_steps(spec, family):
     case = tiny.case(spec, family)
     _, _, _, (first, second), _ = trained(spec, family)
@@ -61,7 +62,7 @@ def test_every_trained_leaf_has_a_gradient_within_two_steps(spec, family):
     assert set(tree.paths(first)) == set(holes), "no gradient exists for what is frozen"
 
 
-@every
+@most
 def test_one_compilation_serves_every_step(spec, family):
     assert trained(spec, family)[-1] == 1
 
