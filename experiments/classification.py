@@ -187,7 +187,9 @@ def check_length(base: Pretrained, added: PyTree, max_length: int) -> None:
     """FlagError where rows and virtual tokens together outgrow the model's positions. `added`: realised, or shapes."""
     nodes = tree.paths(added, is_leaf=peft.is_node).items()
     prompts = [jax.eval_shape(lambda n: n.tokens(), n) for _, n in nodes if isinstance(n, EmbedNode)]
-    prefixes = {p.rpartition("/")[2]: n.k.shape[-3] for p, n in nodes if isinstance(n, Prefix)}  # one shift, L layers
+    is_prefix = lambda x: isinstance(x, Prefix)  # noqa: E731
+    inside = [(path, x) for path, node in nodes for x in jax.tree.leaves(node, is_leaf=is_prefix) if is_prefix(x)]
+    prefixes = {path.rpartition("/")[2]: x.k.shape[-3] for path, x in inside}  # one shift for all layers
     virtual = sum(x.shape[0] for x in prompts if x is not None) + sum(prefixes.values())
     most = base.config.max_positions - getattr(base.config, "position_offset", 0) - virtual
     if max_length > most:

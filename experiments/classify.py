@@ -91,7 +91,7 @@ def train(values: Any) -> None:
     recipe = Recipe(**common.flag_values(*Recipe.__dataclass_fields__))
     workdir = Path(values.workdir).expanduser()
     with lock(workdir):
-        base = load_base(values.model or DEFAULT_MODEL, dtype=values.dtype, remat=values.remat)
+        base = load_base(values.model or DEFAULT_MODEL, dtype=values.dtype, remat=values.remat, untie=values.untie)
         check_length(base, check(base, values.peft), recipe.max_length)
         data = load_data(values.data, base.tokenizer, recipe.max_length)
         run = start(base, values.peft, len(data.class_names), data.train, recipe, values.seed)
@@ -139,9 +139,10 @@ def restore(values: Any) -> tuple[Pretrained, dict, adapters.Adapter]:
     loaded = adapters.load(values.adapter)
     if loaded.meta.get("task") != "classify":
         raise ModelError(f"adapter {values.adapter} is for task {loaded.meta.get('task')!r}, not 'classify'.")
-    base = load_base(values.model or loaded.meta["base"]["name"], dtype=values.dtype)
-    head = head_shapes(base, len(loaded.meta["classes"]))
-    variables = adapters.attach(loaded, base.params, peft.sites(base.model), base.fingerprint, values.force, head)
+    base = load_base(values.model or loaded.meta["base"]["name"], dtype=values.dtype, untie=values.untie)
+    head, sites = head_shapes(base, len(loaded.meta["classes"])), peft.sites(base.model)
+    variables = adapters.attach(loaded, base.params, sites, base.fingerprint, values.force, head)
+    variables = peft.realised(loaded.method, variables, sites)
     check_length(base, variables["peft"], loaded.meta["max_length"])
     return base, variables, loaded
 

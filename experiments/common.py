@@ -69,8 +69,9 @@ def _fail(text: str, status: int) -> None:
 
 
 def model_flags(model: str) -> None:
-    """--model, --dtype, --remat."""
+    """--model, --untie, --dtype, --remat."""
     flags.DEFINE_string("model", model, "Packaged name, directory of Hugging Face files, .gguf file or hub id.")
+    flags.DEFINE_bool("untie", False, "Give a model whose output is its token table a projection of its own.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype; parameters stay fp32.")
     flags.DEFINE_enum("remat", "none", ["none", "full", "dots"], "What the backward pass recomputes.")
 

@@ -20,6 +20,7 @@ from research.errors import ModelError
 from research.peft import adapter as adapters
 from research.peft import method as peft
 from research.peft.merge import merge
+from research.tasks.loss import model_variables
 
 TOLERANCE = 1e-4  # of hidden states of order one, in fp32
 
@@ -31,15 +32,18 @@ def define_flags() -> None:
         "output", None, "Directory to write; it must not exist, or hold an earlier export.", required=True
     )
     flags.DEFINE_string("model", None, "The base, where it is not the one that the adapter names.")
+    flags.DEFINE_bool("untie", False, "Give the base's output a projection of its own, as the adapter's run did.")
     flags.DEFINE_bool("force", False, "Merge although the adapter was trained on another base.")
 
 
 def main() -> None:
     values = flags.FLAGS
     loaded = adapters.load(values.adapter)
-    base = load(values.model or loaded.meta["base"]["name"])
+    base = load(values.model or loaded.meta["base"]["name"], untie=values.untie)
+    sites = peft.sites(base.model)
     head = head_shapes(base, len(loaded.meta["classes"])) if loaded.meta.get("task") == "classify" else None
-    variables = adapters.attach(loaded, base.params, peft.sites(base.model), base.fingerprint, values.force, head)
+    variables = adapters.attach(loaded, base.params, sites, base.fingerprint, values.force, head)
+    variables = peft.realised(loaded.method, variables, sites)
     merged = merge(variables)
     difference, effect = compare(base.model, variables, merged, base.params)
     print(f"merged = base + adapter within {difference:.1e}; the adapter moves the hidden states by up to {effect:.1e}")
@@ -58,7 +62,7 @@ def compare(model, variables: dict, merged: dict, params: dict) -> tuple[float, 
     tokens.
     """
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, model.config.vocab_size, (2, 16)), jnp.int32)
-    apply = jax.jit(lambda v: model.apply({k: v[k] for k in ("params", "peft") if k in v}, tokens))
+    apply = jax.jit(lambda v: model.apply(model_variables(v), tokens))
     with jax.default_matmul_precision("highest"):
         adapted, folded, bare = apply(variables), apply(merged), apply({"params": params})
     return float(jnp.max(jnp.abs(adapted - folded))), float(jnp.max(jnp.abs(adapted - bare)))

@@ -10,6 +10,7 @@ apart. `--peft=full` counts the model itself.
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -40,6 +41,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "peft", "lora", "Method specification, such as lora:rank=8,targets=attn/(q|v) or houlsby+bitfit."
     )
+    flags.DEFINE_bool("untie", False, "Give a model whose output is its token table a projection of its own.")
     flags.DEFINE_bool("tree", False, "Print every leaf, with what trains marked by *.")
     flags.DEFINE_bool("list", False, "Print the known models and methods, and exit.")
     flags.DEFINE_bool("paper", False, "Check the papers' figures; exit with 1 where one is not what is counted here.")
@@ -61,12 +63,12 @@ def main() -> None:
     elif values.methods:
         print(methods_table(), end="")
     else:
-        print_counts(values.model, values.peft, values.tree)
+        print_counts(values.model, values.peft, values.tree, values.untie)
 
 
-def print_counts(model: str, spec: str, whole_tree: bool) -> None:
+def print_counts(model: str, spec: str, whole_tree: bool, untied: bool = False) -> None:
     """The counts of one method on one model."""
-    variables, mask, sites = shapes(model, spec)
+    variables, mask, sites = shapes(model, spec, untied)
     if whole_tree:
         print_tree(variables, mask)
     by_part = {name: tree.count(variables[name], mask[name]) for name in variables}
@@ -77,9 +79,10 @@ def print_counts(model: str, spec: str, whole_tree: bool) -> None:
     print(f"trainable={trainable} total={total} percent={100 * trainable / total:.6f}")
 
 
-def shapes(model: str, spec: str) -> tuple[dict, dict, dict]:
+def shapes(model: str, spec: str, untied: bool = False) -> tuple[dict, dict, dict]:
     """The abstract variables, the mask and the sites. A method that trains nothing but a head trains nothing here."""
-    method, module = registry.parse(spec), build(load_config(model))
+    config = load_config(model)
+    method, module = registry.parse(spec), build(replace(config, tie_embeddings=False) if untied else config)
     params, _ = peft.base(module)
     sites = peft.sites(module)
     variables = {"params": params, "peft": jax.eval_shape(lambda: peft.init(method, jax.random.key(0), sites))}

@@ -18,6 +18,7 @@ from research.convert.fingerprint import fingerprint
 from research.convert.gguf import GGUFSource
 from research.data import assets, smoke
 from research.errors import ModelError, UserError, did_you_mean
+from research.models import tie
 from research.models.bert import BertConfig
 from research.models.llama import LlamaConfig
 from research.models.registry import PRESETS, Config, build, preset
@@ -52,6 +53,7 @@ def load(
     param_dtype: str = "float32",
     scan: bool = True,
     remat: str = "none",
+    untie: bool = False,
     seed: int = 0,
 ) -> Pretrained:
     """Loads weights and tokenizer.
@@ -60,6 +62,7 @@ def load(
       name: `minilm-l6` or `smollm2-135m-instruct` (packaged), `smoke` or `smoke-llama` (tiny and random), a directory
         of Hugging Face files, a `.gguf` file, or a hub id `org/name[@revision]`.
       dtype, param_dtype: of the computation and of the parameters. scan, remat: see the model's config.
+      untie: give a model whose output is its token table a projection of its own.
       seed: of the random models.
     Raises ModelError: nothing of that name, or files that are broken or not supported.
     """
@@ -75,6 +78,8 @@ def load(
         config = dataclasses.replace(config, **options)
         params = hf.import_params(config, source)
         tokenizer = source.tokenizer() if isinstance(source, GGUFSource) else _tokenizer(path)
+    if untie:
+        params, config = tie.untie(params, config)
     return Pretrained(name, config, build(config), params, tokenizer, fingerprint(params, config))
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from research.nn.attention import Attention
-from research.nn.embed import Embed
+from research.nn.embed import Embed, Tied
 from research.nn.layers import apply_layers
 from research.nn.linear import Linear
 from research.nn.norm import RMSNorm
@@ -192,10 +192,9 @@ class Llama(nn.Module):
         self.layers = Block(c) if c.scan else [Block(c) for _ in range(c.num_layers)]
         self.outputs = Outputs(c.num_layers)
         self.norm = RMSNorm(c.norm_eps, param_dtype=c.param_dtype)
-        if not c.tie_embeddings:
-            self.lm_head = Linear(
-                c.vocab_size, ("embed", "vocab"), use_bias=False, dtype=c.dtype, param_dtype=c.param_dtype
-            )
+        types = {"dtype": c.dtype, "param_dtype": c.param_dtype}
+        head = Linear(c.vocab_size, ("embed", "vocab"), use_bias=False, **types)
+        self.lm_head = Tied() if c.tie_embeddings else head
 
     def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """tokens, mask (1 real, 0 pad) int [B, T] -> hidden after the last norm [B, T, D].
@@ -215,7 +214,8 @@ class Llama(nn.Module):
 
     def unembed(self, x: jax.Array) -> jax.Array:
         """hidden [..., D] -> logits [..., V] fp32."""
-        return self.embed.attend(x) if self.config.tie_embeddings else self.lm_head(x).astype(jnp.float32)
+        tied = self.config.tie_embeddings
+        return self.lm_head(x, self.embed.attend(x)) if tied else self.lm_head(x).astype(jnp.float32)
 
     def logits(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """tokens [B, T] -> logits [B, T, V] fp32."""

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from research.nn.param import Axes, get_param
+from research.nn.sites import record
 
 
 class Embed(nn.Module):
@@ -28,3 +29,14 @@ class Embed(nn.Module):
     def attend(self, x: jax.Array) -> jax.Array:
         """x [..., D] -> logits [..., rows] in fp32."""
         return jnp.einsum("...d,vd->...v", x, self.table.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+class Tied(nn.Module):
+    """Where an output projection would be that is the token table. It is no site of a node, which would change the
+    embeddings too; it is recorded so that this can be said.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, logits: jax.Array) -> jax.Array:
+        record(self, "tied", (x.shape[-1], logits.shape[-1]), ("embed", "vocab"))
+        return logits

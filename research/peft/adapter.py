@@ -101,10 +101,14 @@ def _on_paths(added: PyTree) -> set[str]:
 
 
 def _rebuilt(method: Method, sites: Sites, mask: PyTree) -> dict[str, jax.Array]:
-    """The leaves that do not train, as a fresh one has them."""
-    fresh = lambda: tree.partition(peft.init(method, jax.random.key(0), sites), mask["peft"])[1]  # noqa: E731
-    frozen = jax.jit(fresh)() if jax.tree.leaves(jax.eval_shape(fresh)) else {}
-    return {f"peft/{path}": leaf for path, leaf in tree.paths(frozen).items()}
+    """The leaves that do not train, as a fresh one has them; `mask` may be that of a realised tree."""
+    masks = tree.paths(mask["peft"])
+
+    def fresh() -> dict[str, jax.Array]:
+        added = tree.paths(peft.init(method, jax.random.key(0), sites))
+        return {f"peft/{path}": x for path, x in added.items() if not tree.trains(masks.get(path, True))}
+
+    return jax.jit(fresh)() if jax.eval_shape(fresh) else {}
 
 
 def load(directory: str | Path) -> Adapter:

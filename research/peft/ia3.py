@@ -52,10 +52,12 @@ def ia3(targets: str = "(cross_)?attn/(k|v)", feedforward: str = "mlp/down") -> 
     """Rescales keys, values and hidden units.
 
     Args:
-        targets: pattern of the linear sites whose output is scaled.
-        feedforward: pattern of those whose input is, which is the hidden layer after its activation.
-    Raises FlagError for a pattern without a match.
+        targets: pattern of the linear sites whose output is scaled; empty for none.
+        feedforward: pattern of those whose input is, which is the hidden layer after its activation; empty for none.
+    Raises FlagError for a pattern without a match, and where both are empty.
     """
+    if not targets and not feedforward:
+        raise FlagError("ia3: targets and feedforward are both empty, so there is nothing to scale: name one of them.")
 
     def scale(site: Site, rng: jax.Array) -> Scale:
         return Scale(leaf(site, rng, constant(1.0), site.shape[1:], site.axes[1:]))
@@ -64,7 +66,8 @@ def ia3(targets: str = "(cross_)?attn/(k|v)", feedforward: str = "mlp/down") -> 
         return ScaleInput(leaf(site, rng, constant(1.0), site.shape[:1], site.axes[:1]))
 
     def init(rng: jax.Array, sites: Sites) -> PyTree:
-        outputs, inputs = select(sites, "linear", targets), select(sites, "linear", feedforward, "feedforward")
+        outputs = select(sites, "linear", targets) if targets else {}
+        inputs = select(sites, "linear", feedforward, "feedforward") if feedforward else {}
         if both := sorted(set(outputs) & set(inputs)):
             raise FlagError(f"targets={targets} and feedforward={feedforward} both match {both[0]}.")
         return tree.merge_dicts(place(outputs, "ia3", rng, scale), place(inputs, "ia3", rng, scale_input))

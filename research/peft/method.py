@@ -211,6 +211,12 @@ def select(sites: Sites, kind: str, pattern: str, option: str = "targets") -> Si
     of_kind = {path: site for path, site in sites.items() if site.kind == kind}
     matches = matcher(r"layers(_\d+)?/.*" if pattern == "all" else pattern)
     chosen = {path: site for path, site in of_kind.items() if matches(path)}
+    for path, site in sites.items():
+        if site.kind == "tied" and kind == "linear" and matches(path):
+            raise FlagError(
+                f"{option}={pattern}: {path} is this model's token table, so a change of one would be a change of the "
+                "other: untie them first (--untie), or leave it out, as targets=all does."
+            )
     if not chosen:
         names = {re.sub(r"^layers(_\d+)?/", "", path) for path in of_kind}
         raise FlagError(f"{option}={pattern} matches no {kind} site of this model.{did_you_mean(pattern, names)}")

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.errors import ModelError
-from research.models import registry, stack
+from research.errors import FlagError, ModelError
+from research.models import registry, stack, tie
 from research.peft import method as peft
 from research.peft import tree
+from research.peft.lora import lora
 from tests import tiny
 
 VARIANTS = {
@@ -209,3 +210,20 @@ def test_more_tokens_than_positions_are_refused():
 def test_an_unknown_remat_policy_is_refused():
     with pytest.raises(ModelError, match="unknown remat policy 'dot'. Did you mean 'dots'"):
         registry.build(dataclasses.replace(tiny.ENCODER, remat="dot"))
+
+
+def test_untying_changes_no_logit_and_makes_a_site():
+    config = dataclasses.replace(tiny.DECODER, tie_embeddings=True)
+    params, data = tiny.params(config), tiny.batch()
+    with pytest.raises(FlagError, match="lm_head is this model's token table.*untie them first"):
+        peft.init(lora(targets="lm_head"), jax.random.key(0), peft.sites(registry.build(config)))
+    new, own = tie.untie(params, config)
+    logits = [
+        registry.build(c).apply({"params": p}, data["tokens"], data["mask"], method="logits")
+        for p, c in ((params, config), (new, own))
+    ]
+    np.testing.assert_allclose(*logits, atol=1e-5)
+    added = peft.init(lora(targets="lm_head"), jax.random.key(0), peft.sites(registry.build(own)))
+    assert set(added) == {"lm_head"}
+    with pytest.raises(ModelError, match="not tied"):
+        tie.untie(new, own)
