@@ -169,7 +169,7 @@ def _chosen(c: Json, config: Config, headless: bool) -> tuple[dict[str, tuple[st
         raise ModelError(f"its option target_modules={c['target_modules']!r} matches no projection of this model.")
     modules, options = {name: everything[name] for name in everything if name in chosen}, {}
     if kind == "IA3":
-        forward = keys.matched(chosen, c, "feedforward_modules")
+        forward = keys.matched(chosen, c, "feedforward_modules") if c["feedforward_modules"] else set()
         options["feedforward"] = keys.pattern({modules[name][0] for name in forward}, set()) if forward else ""
         chosen -= forward
     targets = {modules[name][0] for name in chosen}
