@@ -52,7 +52,7 @@ def save(
 
     directory, method = Path(directory), registry.parse(spec)
     mask = peft.mask(method, variables)
-    leaves = _stored(method, variables, sites, mask)
+    leaves = stored(method, variables, sites, mask)
     record = {"format": FORMAT, "spec": spec, "base": base, "trainable": tree.count(variables, mask), **meta}
 
     def fill(folder: Path) -> None:
@@ -70,7 +70,7 @@ def save(
     return sum(f.stat().st_size for f in directory.iterdir())
 
 
-def _stored(method: Method, variables: Variables, sites: Sites, mask: PyTree) -> dict[str, np.ndarray]:
+def stored(method: Method, variables: Variables, sites: Sites, mask: PyTree) -> dict[str, np.ndarray]:
     """What the weights file holds, by path."""
     trained, _ = tree.partition(variables["params"], mask["params"])
     realised = peft.realised(method, variables, sites)

@@ -5,7 +5,7 @@ choice of the highest scores, and a first phase of full fine-tuning.
     after `fit` peft {"reparam": {NAME: Elements(chosen={"layers": {"attn": {"q": {"kernel": bool[L, in, out]}}}})}}
 
 The choice is the mask of what trains and takes no part in the model: `realise` takes it out, and no adapter stores it,
-but the elements that it names, with their indices.
+but the elements that it names and an index of four bytes for each.
 """
 
 from collections.abc import Callable

@@ -12,7 +12,8 @@
 `fit` sets the masks: one threshold over the whole model, biases are never pruned (the authors' code). A pruned weight
 is 0 and stays 0. Large-Sparse is a wider bottleneck at the same count: `width=128,sparsity=0.5` in place of `width=64`,
 or `width=256,sparsity=0.75`. Sites as in Houlsby; weights start at N(0, 0.02^2), biases at 0, as the authors' adapters
-do; the layer norms stay frozen.
+do; the layer norms stay frozen. Stored are all weights and a byte for each that says whether it is there, which costs
+less than indices unless most are pruned.
 """
 
 from collections.abc import Callable

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from research.errors import ModelError
-from research.peft import adapter, tree
+from research.errors import FlagError, ModelError
+from research.peft import adapter, registry, tree
 from research.peft import method as peft
 from tests import tiny
 
@@ -304,3 +304,37 @@ def test_a_copied_directory_loads_under_its_new_name(tmp_path):
     case = write(tmp_path / "a", "lora:rank=2")
     shutil.copytree(tmp_path / "a", tmp_path / "bert.layers.0")
     assert tiny.same(attached(tmp_path / "bert.layers.0", case)["peft"], case.point["peft"])
+
+
+# Method: stored bytes over 4 x trained parameters, where it is not 1; each file says why.
+DEARER = {
+    "pissa": 2,  # and a frozen copy of the start
+    "olora": 2,
+    "fishmask": 2,  # and an index for each element
+    "lt_sft": 2,
+    "sparse_adapter": 1.25 / 0.6,  # dense, and a byte for each that says whether it is there
+    "ipt": 5 * 32 / 6,  # the prompt, and not its code
+    "prefix": None,  # what the MLP realises, and not the MLP
+    "ptuning": None,
+    "unipelt": None,
+    "mam": None,
+    "vera": 1,
+}
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_stored_bytes_are_those_of_what_trains(name):
+    spec = registry.small(name)
+    try:
+        case = tiny.case(spec, "encoder")
+        variables, mask = {k: case.variables[k] for k in ("params", "peft")}, case.mask
+    except FlagError:
+        return  # a model without what it trains: test_methods.py knows which
+    stored = adapter.stored(case.method, variables, case.sites, mask)
+    size, trained = sum(x.nbytes for x in stored.values()), 4 * tree.count(variables, {k: mask[k] for k in variables})
+    dearer = DEARER.get(name, 1)
+    if dearer is None:
+        assert size < trained
+    else:
+        assert size <= 1.05 * dearer * trained + 64
+        assert size >= 0.95 * dearer * trained - 64
