@@ -26,6 +26,8 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 HERE = GOLDEN / "hf_peft"
 NAMES = sorted(folder.name for folder in HERE.iterdir() if folder.is_dir() and folder.name != "base")
 BASES = {"lora_bert": "bert_cls", "prompt_bert": "bert", "prefix_bert": "bert", "prompt_head": "llama_cls"}
+QUICK = ("lora", "dora", "ia3", "vera", "fourierft", "adalora", "llama_adapter", "prefix", "prompt", "lokr")
+EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in NAMES]
 OUTPUTS = dict(np.load(HERE / "outputs.npz"))
 
 
@@ -102,7 +104,7 @@ def test_every_method_has_a_golden_directory():
     assert kinds == set(TYPES)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_outputs_are_those_of_hugging_face_peft(name):
     found, bare = outputs(name, *read(name)[:2])
     np.testing.assert_allclose(found, wanted(name), atol=1e-5)
@@ -119,7 +121,7 @@ def test_an_unrolled_model_reads_and_writes_the_same(name, tmp_path):
     equal(tensors(tmp_path / "out"), tensors(HERE / name), name)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_a_round_trip_keeps_every_byte(name, tmp_path):
     """Theirs -> ours -> our own directory -> ours -> theirs."""
     (model, sites), (spec, variables, _) = base(name), read(name)
@@ -132,7 +134,7 @@ def test_a_round_trip_keeps_every_byte(name, tmp_path):
         equal(tensors(folder), tensors(HERE / name), name)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_what_is_written_says_what_was_read(name, tmp_path):
     """Their options come back, but for those of training, a block count given as a size, and patterns by full names."""
     (model, sites), (spec, variables, _) = base(name), read(name)
@@ -221,7 +223,7 @@ def test_names_of_a_bare_decoder(copy):
     assert tiny.same(loaded.variables["peft"], read("lora").variables["peft"])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EACH)
 def test_a_tensor_more_or_less_is_refused_for_every_method(copy, name):
     def change(tensors):
         first = sorted(tensors)[0]

@@ -60,6 +60,7 @@ def deltas(variables: dict, model: str = "smoke") -> dict[str, np.ndarray]:
     return {path: np.asarray(x) - np.asarray(base[path]) for path, x in tree.paths(merge(variables)["params"]).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("specs", "written", "model"),
     [

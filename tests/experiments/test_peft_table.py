@@ -51,12 +51,14 @@ def test_finished_methods_are_not_trained_again(made: Path):
     assert len(before) == 4 and before.items() <= files(made).items()
 
 
+@pytest.mark.slow
 def test_seeds_of_one_program_equal_seeds_alone(made: Path, tmp_path: Path):
     run("peft_table", "--smoke", "--methods=lora", "--seeds=1", f"--workdir={tmp_path}")
     several, alone = (json.loads((d / "methods/lora/result.json").read_text())["row"] for d in (made, tmp_path))
     assert several["accuracies"][0] == alone["accuracies"][0]
 
 
+@pytest.mark.slow
 def test_a_retimed_row_says_so(made: Path, tmp_path: Path):
     shutil.copytree(made / "methods" / "bitfit", tmp_path / "methods" / "bitfit")
     outcome = run("peft_table", "--smoke", "--methods=bitfit", "--seeds=2", "--retime", f"--workdir={tmp_path}")

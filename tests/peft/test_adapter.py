@@ -322,11 +322,17 @@ DEARER = {
 }
 
 
-@pytest.mark.parametrize("name", registry.names())
-def test_stored_bytes_are_those_of_what_trains(name):
-    spec = registry.small(name)
+QUICK = ("lora", "pissa", "bitfit", "vera", "prefix")
+STORED = [
+    pytest.param(registry.small(n), "encoder", marks=() if n in QUICK else pytest.mark.slow) for n in registry.names()
+]
+
+
+@pytest.mark.parametrize(("spec", "family"), STORED)
+def test_stored_bytes_are_those_of_what_trains(spec, family):
+    name = spec.partition(":")[0]
     try:
-        case = tiny.case(spec, "encoder")
+        case = tiny.case(spec, family)
         variables, mask = {k: case.variables[k] for k in ("params", "peft")}, case.mask
     except FlagError:
         return  # a model without what it trains: test_methods.py knows which

@@ -234,6 +234,7 @@ def split(scores: dict, after: dict) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.concatenate([s[kept[path] == on] for path, s in scores.items()]) for on in (True, False))
 
 
+@pytest.mark.slow
 def test_snip_keeps_the_weights_whose_loss_would_move_most():
     case, before, after = snip()
     outs = lambda v: [case.loss(v, tiny.batch(seed=i), None) for i in range(2)]  # noqa: E731

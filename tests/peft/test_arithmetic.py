@@ -21,8 +21,9 @@ from tests import tiny
 
 SIDE_BY_SIDE = ("houlsby", "pfeiffer", "parallel")
 NAMES = [name for name in registry.names() if name not in ("linear_probe", "cross_attention")]
+QUICK = ("lora", "dora", "houlsby", "bitfit", "prompt", "fourierft")
 CASES = [
-    pytest.param(name, family, marks=pytest.mark.slow if family == "decoder" else ())
+    pytest.param(registry.small(name), family, marks=() if family == "encoder" and name in QUICK else pytest.mark.slow)
     for family in tiny.CONFIGS
     for name in NAMES
     if (name, family) != ("bitfit", "decoder")
@@ -65,9 +66,9 @@ def weighted(each: list[dict], base: dict, weights: tuple[float, ...]) -> dict[s
     return {path: sum(w * d[path] for w, d in zip(weights, deltas, strict=True)) for path in deltas[0]}
 
 
-@pytest.mark.parametrize(("name", "family"), CASES)
-def test_the_sum_of_one_is_that_one_for_every_variant(name, family):
-    case, (one, *_), base = some(registry.small(name), family)
+@pytest.mark.parametrize(("spec", "family"), CASES)
+def test_the_sum_of_one_is_that_one_for_every_variant(spec, family):
+    name, (_, (one, *_), base) = spec.partition(":")[0], some(spec, family)
     before = jax.tree.map(np.array, one)
     try:
         wanted = changes(one, base)
@@ -84,9 +85,9 @@ def test_the_sum_of_one_is_that_one_for_every_variant(name, family):
     assert tiny.same(jax.tree.map(np.array, one), before)
 
 
-@pytest.mark.parametrize(("name", "family"), CASES)
-def test_a_sum_is_exact_or_refused(name, family):
-    case, each, base = some(registry.small(name), family)
+@pytest.mark.parametrize(("spec", "family"), CASES)
+def test_a_sum_is_exact_or_refused(spec, family):
+    name, (_, each, base) = spec.partition(":")[0], some(spec, family)
     before = jax.tree.map(np.array, each)
     try:
         wanted = weighted(each, base, WEIGHTS)
@@ -123,6 +124,7 @@ def side_by_side(each: list[dict], total: dict, weights: tuple[float, ...]) -> N
         np.testing.assert_allclose(adds(node), wanted, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "specs",
     [

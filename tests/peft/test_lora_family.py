@@ -376,6 +376,7 @@ def two_sites(variables: dict, batch: dict, rng) -> Loss:
     return Loss(total, jnp.float32(1), {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rho", [1, 2])
 def test_eva_starts_on_the_main_directions_of_the_inputs(rho):
     method = registry.parse(f"eva:rank=2,rho={rho},alpha=6,batches=3,targets=layers/q|v")

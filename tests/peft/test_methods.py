@@ -41,18 +41,26 @@ REFUSED = {("bitfit", "decoder"), ("cross_attention", "encoder"), ("cross_attent
 CASES = [(spec, family) for family, specs in SPECS.items() for spec in specs if (spec, family) not in REFUSED]
 
 
-def cases(slow: Callable[[str, str], bool]) -> pytest.MarkDecorator:
-    """All cases, of which some are left out by `-m "not slow"`."""
-    marks = {True: pytest.mark.slow, False: ()}
-    return pytest.mark.parametrize(("spec", "family"), [pytest.param(*c, marks=marks[slow(*c)]) for c in CASES])
-
-
 def core(spec: str) -> bool:
     """The few whose every test is a quick one: a node at each kind of site, and a chain."""
     return spec in ("lora", "prefix", "houlsby", "prompt") or spec.startswith(CHAIN)
 
 
-every = cases(slow=lambda spec, family: spec in OPTIONS)
+def cases(
+    slow: Callable[[str, str], bool], keep: Callable[[str, str], bool] = lambda spec, family: True
+) -> pytest.MarkDecorator:
+    """The cases to keep, of which some are left out by `-m "not slow"`."""
+    marks = {True: pytest.mark.slow, False: ()}
+    kept = [pytest.param(*c, marks=marks[slow(*c)]) for c in CASES if keep(*c)]
+    return pytest.mark.parametrize(("spec", "family"), kept)
+
+
+def first(spec: str, family: str) -> bool:
+    """One model for every method, both for the core: for what depends on the method and hardly on the model."""
+    return family == "encoder" or core(spec)
+
+
+every = cases(slow=lambda spec, family: spec in OPTIONS or not first(spec, family))
 
 
 @functools.cache
@@ -160,7 +168,7 @@ def test_save_and_load_under_any_name(spec, family, tmp_path):
         assert tiny.same(variables["head"], point["head"])
 
 
-@cases(slow=lambda spec, family: not core(spec))
+@cases(slow=lambda spec, family: not core(spec), keep=first)
 def test_scanned_equals_unrolled(spec, family):
     case, other = tiny.case(spec, family), tiny.case(spec, family, scan=False)
     point, fresh = (adapter.own(x["peft"]) for x in (case.point, other.variables))

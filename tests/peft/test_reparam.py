@@ -283,6 +283,7 @@ def test_said_moves_all_kernels_by_one_vector():
     assert len(np.unique(np.concatenate(streams))) == kernels
 
 
+@pytest.mark.slow
 def test_said_gradients_reach_the_vector_through_the_scan():
     case = tiny.case("said:dim=40,targets=attn/(q|v)", "encoder")
     data = tiny.batch()
@@ -421,6 +422,7 @@ def behind(node, w) -> jax.Array:
     return node.output(x, dot(x, node.weight(w, None)) + golden()["bias"], None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", SPECS)
 def test_gradients_and_a_node_for_each_row(spec):
     node = moved(spec)

@@ -27,6 +27,7 @@ from tests import tiny
 
 IDS = np.array([2, 0, -1, 1])
 EXTRA = ["lora:layers=1", "lora:rank=2+prefix:length=3,hidden=8+layernorm", "linear_probe"]
+QUICK = ["lora", "bitfit", "prompt", registry.small("vera"), *EXTRA]
 SPECS = dict.fromkeys([registry.small(name) for name in registry.names()] + EXTRA)
 
 
@@ -75,7 +76,7 @@ def close(found: dict, wanted: dict, row: int, real: np.ndarray) -> None:
 
 
 CASES = [
-    pytest.param(spec, family, marks=pytest.mark.slow if family == "decoder" else ())
+    pytest.param(spec, family, marks=() if family == "encoder" and spec in QUICK else pytest.mark.slow)
     for family in tiny.CONFIGS
     for spec in SPECS
 ]

@@ -138,6 +138,7 @@ def test_the_highest_scores_are_exactly_so_many_whatever_ties():
         highest({"a": np.array([1.0, np.nan])}, 1)
 
 
+@pytest.mark.slow
 def test_the_highest_of_22_million():
     scores = np.random.default_rng(0).random(22_713_216, np.float32)  # MiniLM-L6
     scores[: len(scores) // 2] = 0.75
@@ -232,6 +233,7 @@ def test_fishmask_chooses_where_the_gradients_are():
     assert scores[chosen].min() >= scores[~chosen].max() * (1 - 1e-4)
 
 
+@pytest.mark.slow
 def test_an_unrolled_stack_chooses_the_same():
     scanned, unrolled = (tiny.case(ELEMENTS[0], "encoder", scan=scan).mask["params"] for scan in (True, False))
     pairs = zip(jax.tree.leaves(unstack(scanned)), jax.tree.leaves(unrolled), strict=True)
@@ -365,6 +367,7 @@ def test_a_chain_chooses_beside_what_it_adds(tmp_path):
     np.testing.assert_array_equal(case.forward(loaded), case.forward(case.point))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spec", ["fishmask:fraction=0.02,batches=2", pytest.param("far:steps=2,learning_rate=1e-3", marks=pytest.mark.slow)]
 )

@@ -12,10 +12,10 @@ from research.peft import method as peft
 from research.peft import registry, tree
 from research.train.checkpoint import Checkpointer
 from tests import tiny
-from tests.peft.test_methods import CHAIN, OPTIONS, cases, core
+from tests.peft.test_methods import CHAIN, cases, core, first
 
-most = cases(slow=lambda spec, family: spec in OPTIONS or (family == "decoder" and not core(spec)))
-some = cases(slow=lambda spec, family: spec != "lora" and not spec.startswith(CHAIN))
+most = cases(slow=lambda spec, family: not core(spec))
+some = cases(slow=lambda spec, family: spec != "lora" and not spec.startswith(CHAIN), keep=first)
 
 
 @functools.cache
@@ -110,8 +110,8 @@ def test_micro_batches_equal_one_batch(spec, family):
     assert metrics["grad_norm"] > 1e-3
 
 
+@pytest.mark.parametrize("remat", ["full", pytest.param("dots", marks=pytest.mark.slow)])
 @some
-@pytest.mark.parametrize("remat", ["full", "dots"])
 def test_remat_changes_no_gradient(spec, family, remat):
     case, other = tiny.case(spec, family), tiny.case(spec, family, remat=remat)
     tiny.close(case.gradients(case.point), other.gradients(case.point), 1e-6)
