@@ -1,8 +1,8 @@
 """Writes the weighted sum of adapters of one method as an adapter directory, which loads like any other.
 
-    python -m experiments.combine --adapters=runs/a/adapter,runs/b/adapter --weights=0.5,0.5 --out=runs/both
-    python -m experiments.combine --adapters=runs/a/adapter,runs/b/adapter --weights=1,-1 --how=svd --rank=8 --out=DIR
-    python -m experiments.combine --adapters=DIR1,DIR2 --weights=1,1 --how=ties --density=0.2 --rank=16 --out=DIR
+    python -m experiments.combine --adapters=runs/a/adapter,runs/b/adapter --weights=0.5,0.5 --output=runs/both
+    python -m experiments.combine --adapters=DIR1,DIR2 --weights=1,-1 --how=svd --rank=8 --output=DIR
+    python -m experiments.combine --adapters=DIR1,DIR2 --weights=1,1 --how=ties --density=0.2 --rank=16 --output=DIR
 
 What each --how does is told in `research.peft.arithmetic`; "linear" is the exact sum. What changes kernels comes out as
 a LoRA, so that the specification that is written may be of another rank, or another method, than those that are read.
@@ -42,7 +42,7 @@ def define_flags() -> None:
     """Only where this is the script: other scripts' flags have the same names."""
     flags.DEFINE_list("adapters", None, "Adapter directories, of one base.", required=True)
     flags.DEFINE_list("weights", None, "A number for each; a negative one subtracts.", required=True)
-    flags.DEFINE_string("out", None, "Directory to write; it must not exist, or hold an adapter.", required=True)
+    flags.DEFINE_string("output", None, "Directory to write; it must not exist, or hold an adapter.", required=True)
     flags.DEFINE_string("how", "linear", f"One of {', '.join(HOWS)}.")
     flags.DEFINE_integer("rank", None, "Largest rank of a kernel's change; not for linear and cat.")
     flags.DEFINE_float("density", None, "Share of a change that pruning keeps.")
@@ -66,8 +66,8 @@ def main() -> None:
     total = combine(each, numbers, base=base.params, **options)
     spec = specification([one.meta["spec"] for one in found], total)
     record = {"adapters": values.adapters, "weights": numbers, **options}
-    size = save(values.out, spec, total, base, sites, meta(found, values.head) | {"combined": record})
-    print(f"written: {values.out} ({spec}, {size} bytes)")
+    size = save(values.output, spec, total, base, sites, meta(found, values.head) | {"combined": record})
+    print(f"written: {values.output} ({spec}, {size} bytes)")
 
 
 def weights(texts: Sequence[str]) -> list[float]:

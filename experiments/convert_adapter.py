@@ -1,7 +1,7 @@
 """Turns an adapter directory of Hugging Face PEFT into one of this project, and the other way round.
 
-    python -m experiments.convert_adapter --adapter=DIR --to=peftree --out=runs/adapter --model=NAME
-    python -m experiments.convert_adapter --adapter=runs/adapter --to=hf --out=DIR
+    python -m experiments.convert_adapter --adapter=DIR --to=peftree --output=runs/adapter --model=NAME
+    python -m experiments.convert_adapter --adapter=runs/adapter --to=hf --output=DIR
 
 What was written is read again and compared with the adapter on a fixed input before it takes its place. A classifier is
 converted with its head; Hugging Face PEFT's files do not name its classes: --classes does.
@@ -33,7 +33,7 @@ def define_flags() -> None:
     """Only where this is the script: other scripts' flags have the same names."""
     flags.DEFINE_string("adapter", None, "Adapter directory to read.", required=True)
     flags.DEFINE_enum("to", None, ["hf", "peftree"], "Whose format to write.", required=True)
-    flags.DEFINE_string("out", None, "Directory to write; it must not exist, or hold an earlier one.", required=True)
+    flags.DEFINE_string("output", None, "Directory to write; it must not exist, or hold an earlier one.", required=True)
     flags.DEFINE_string("model", None, "The base, where it is not the one that the adapter names.")
     flags.DEFINE_bool("force", False, "Convert although the adapter was trained on another base.")
     flags.DEFINE_list("classes", None, "A classifier's classes, in order; default: LABEL_0, LABEL_1, ...")
@@ -61,8 +61,8 @@ def main() -> None:
     difference = compare(base, sites, (spec, variables), again)
     if not difference <= TOLERANCE:
         raise ModelError(f"what was written differs from the adapter by {difference:.1e}: nothing was written.")
-    write(Path(values.out))
-    print(f"written: {values.out} ({spec}; equal within {difference:.1e})")
+    write(Path(values.output))
+    print(f"written: {values.output} ({spec}; equal within {difference:.1e})")
 
 
 def from_peftree(values: flags.FlagValues) -> tuple[Pretrained, str, Variables]:

@@ -189,7 +189,7 @@ class Case:
         return after.opt_state[0], {name: value for name, value in metrics.items() if name != "update_norm"}
 
 
-@functools.cache
+@functools.lru_cache(maxsize=6)  # compiled programs are large: the tests of a case run one after the other
 def case(spec: str, family: str, **changes: Any) -> Case:
     return Case(spec, family, **changes)
 

@@ -365,17 +365,19 @@ def test_somebody_elses_directory_is_left_alone(tmp_path, copy):
 
 def test_the_script_converts_both_ways(tmp_path):
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    arguments = [f"--adapter={HERE / 'lora_bert'}", "--to=peftree", f"--out={ours}", f"--model={GOLDEN / 'bert'}"]
+    arguments = [f"--adapter={HERE / 'lora_bert'}", "--to=peftree", f"--output={ours}", f"--model={GOLDEN / 'bert'}"]
     outcome = run("convert_adapter", *arguments, "--classes=a,b,c")
     assert outcome.status == 0 and "written" in outcome.out, outcome
     meta = json.loads((ours / "adapter.json").read_text())
     assert (meta["spec"], meta["classes"]) == (read("lora_bert").spec, ["a", "b", "c"])
-    outcome = run("convert_adapter", f"--adapter={ours}", "--to=hf", f"--out={theirs}")
+    outcome = run("convert_adapter", f"--adapter={ours}", "--to=hf", f"--output={theirs}")
     assert outcome.status == 0 and "equal within" in outcome.out, outcome
     equal(tensors(theirs), tensors(HERE / "lora_bert"), "lora_bert")
-    refused(run("convert_adapter", f"--adapter={theirs}", "--to=hf", f"--out={tmp_path / 'x'}"), 4, "adapter.json")
+    refused(run("convert_adapter", f"--adapter={theirs}", "--to=hf", f"--output={tmp_path / 'x'}"), 4, "adapter.json")
     refused(run("convert_adapter", *arguments, "--classes=a"), 2, "the head has 3")
-    refused(run("convert_adapter", f"--adapter={ours}", "--to=peftree", f"--out={tmp_path / 'x'}"), 4, "adapter_config")
+    refused(
+        run("convert_adapter", f"--adapter={ours}", "--to=peftree", f"--output={tmp_path / 'x'}"), 4, "adapter_config"
+    )
 
 
 def test_scales_without_a_feed_forward_one(copy, tmp_path):

@@ -82,7 +82,7 @@ def deltas(variables: dict, model: str = "smoke") -> dict[str, np.ndarray]:
 def test_what_is_written_is_the_sum(specs, written, model, tmp_path):
     each = [write(tmp_path / f"{i}", spec, i + 1, model) for i, spec in enumerate(specs)]
     out = tmp_path / "sum"
-    done = run("combine", f"--adapters={','.join(each)}", "--weights=0.5,-2", f"--out={out}")
+    done = run("combine", f"--adapters={','.join(each)}", "--weights=0.5,-2", f"--output={out}")
     assert done.status == 0, done.err
     total, meta = read(out, model)
     assert meta["spec"].startswith(written) and meta["spec"] in done.out
@@ -94,10 +94,10 @@ def test_what_is_written_is_the_sum(specs, written, model, tmp_path):
 
 def test_widths_add_up_and_one_adapter_stays_what_it_is(tmp_path):
     a, b = (write(tmp_path / f"{i}", f"houlsby:std=0.02,width={3 + i},norms=false", i) for i in range(2))
-    assert run("combine", f"--adapters={a},{b}", "--weights=1,1", f"--out={tmp_path / 'c'}").status == 0
+    assert run("combine", f"--adapters={a},{b}", "--weights=1,1", f"--output={tmp_path / 'c'}").status == 0
     assert read(tmp_path / "c")[1]["spec"] == "houlsby:std=0.02,width=7,norms=false"
     prompt = write(tmp_path / "p", "prompt:length=3", 1)
-    assert run("combine", f"--adapters={prompt}", "--weights=1", f"--out={tmp_path / 'q'}").status == 0
+    assert run("combine", f"--adapters={prompt}", "--weights=1", f"--output={tmp_path / 'q'}").status == 0
     before, after = read(prompt), read(tmp_path / "q")
     assert tiny.same(before[0], after[0]) and before[1]["spec"] == after[1]["spec"]
 
@@ -105,7 +105,7 @@ def test_widths_add_up_and_one_adapter_stays_what_it_is(tmp_path):
 def test_options_reach_the_sum_and_the_head_keeps_its_classes(tmp_path):
     meta = {"task": "classify", "classes": CLASSES, "max_length": 16}
     a, b = (write(tmp_path / f"{i}", "lora:rank=4", i, head=True, **meta) for i in range(2))
-    common = [f"--adapters={a},{b}", "--weights=1,1", f"--out={tmp_path / 'c'}"]
+    common = [f"--adapters={a},{b}", "--weights=1,1", f"--output={tmp_path / 'c'}"]
     refused(run("combine", *common), 2, "different task heads", "head=0")
     done = run("combine", *common, "--how=dare_ties", "--density=0.5", "--seed=3", "--rank=5", "--head=1")
     assert done.status == 0, done.err
@@ -131,14 +131,14 @@ def test_options_reach_the_sum_and_the_head_keeps_its_classes(tmp_path):
 )
 def test_bad_input_is_one_line_and_writes_nothing(specs, arguments, status, words, tmp_path):
     each = [write(tmp_path / f"{i}", spec, i) for i, spec in enumerate(specs)]
-    outcome = run("combine", f"--adapters={','.join(each)}", *arguments, f"--out={tmp_path / 'sum'}")
+    outcome = run("combine", f"--adapters={','.join(each)}", *arguments, f"--output={tmp_path / 'sum'}")
     refused(outcome, status, *words)
     assert not (tmp_path / "sum").exists()
 
 
 def test_other_bases_and_missing_directories(tmp_path):
     ours, theirs = write(tmp_path / "0", "lora:rank=2", 0), write(tmp_path / "1", "lora:rank=2", 1, "smoke-llama")
-    out = f"--out={tmp_path / 'sum'}"
+    out = f"--output={tmp_path / 'sum'}"
     refused(run("combine", f"--adapters={ours},{theirs}", "--weights=1,1", out), 4, "trained on base smoke-llama")
     refused(run("combine", f"--adapters={ours},nowhere", "--weights=1,1", out), 4, "nowhere is no adapter")
     refused(run("combine", "--adapters=", "--weights=", out), 2, "--adapters is empty")

@@ -43,7 +43,7 @@ def adapters(case: tiny.Case, count: int = 3) -> list[dict]:
     return [one(20 + seed) for seed in range(count)]
 
 
-@functools.cache
+@functools.lru_cache(maxsize=4)
 def some(spec: str, family: str = "encoder") -> tuple[tiny.Case, list[dict], dict]:
     case = tiny.case(spec, family)
     return case, adapters(case), tiny.params(case.config)

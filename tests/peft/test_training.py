@@ -18,7 +18,7 @@ most = cases(slow=lambda spec, family: not core(spec))
 some = cases(slow=lambda spec, family: spec != "lora" and not spec.startswith(CHAIN), keep=first)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=2)
 def trained(spec: str, family: str) -> tuple:
     """Ten steps: (the variables before, after, the base's leaves handed in, the first two gradients, compilations)."""
     case = tiny.case(spec, family)
