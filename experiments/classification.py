@@ -112,9 +112,10 @@ def start(
 
     def fitted(seed: int) -> Variables:
         rng = jax.random.key(seed)
-        variables, feed = {"params": base.params} | new(rng), batches(data, replace(recipe, micro_batches=1), seed)
+        variables = {"params": base.params} | new(rng)
         if method.fit is None:
             return variables
+        feed = batches(data, replace(recipe, micro_batches=1), seed)
         one = lambda i: {name: leaf[0] for name, leaf in feed(i).items()}  # noqa: E731
         fitted = method.fit(fold(rng, "fit"), variables, realising(method, sites, loss), one)
         return fitted | {"params": base.params}
@@ -169,6 +170,12 @@ def head(base: Pretrained, classes: int, rng: jax.Array) -> dict[str, jax.Array]
 def head_shapes(base: Pretrained, classes: int) -> PyTree:
     """The shapes of `head`, for loading one."""
     return jax.eval_shape(lambda: head(base, classes, jax.random.key(0)))
+
+
+def attach(loaded: adapter.Adapter, base: Pretrained, sites: Sites, force: bool = False) -> Variables:
+    """The variables of base and adapter, with the head that a classifier must have."""
+    shapes = head_shapes(base, len(loaded.meta["classes"])) if loaded.meta.get("task") == "classify" else None
+    return adapter.attach(loaded, base.params, sites, base.fingerprint, force, shapes)
 
 
 def check(base: Pretrained, spec: str) -> PyTree:

@@ -22,12 +22,12 @@ from absl import flags
 from experiments import common
 from experiments.classification import (
     Recipe,
+    attach,
     batches,
     check,
     check_length,
     counts,
     evaluator,
-    head_shapes,
     load_base,
     load_data,
     save_adapter,
@@ -140,9 +140,8 @@ def restore(values: Any) -> tuple[Pretrained, dict, adapters.Adapter]:
     if loaded.meta.get("task") != "classify":
         raise ModelError(f"adapter {values.adapter} is for task {loaded.meta.get('task')!r}, not 'classify'.")
     base = load_base(values.model or loaded.meta["base"]["name"], dtype=values.dtype, untie=values.untie)
-    head, sites = head_shapes(base, len(loaded.meta["classes"])), peft.sites(base.model)
-    variables = adapters.attach(loaded, base.params, sites, base.fingerprint, values.force, head)
-    variables = peft.realised(loaded.method, variables, sites)
+    sites = peft.sites(base.model)
+    variables = peft.realised(loaded.method, attach(loaded, base, sites, values.force), sites)
     check_length(base, variables["peft"], loaded.meta["max_length"])
     return base, variables, loaded
 

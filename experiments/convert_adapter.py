@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 
 from experiments import common
-from experiments.classification import head_shapes
+from experiments.classification import attach
 from research.convert import hf_peft
 from research.convert.load import Pretrained, load
 from research.errors import FlagError, ModelError
@@ -25,6 +25,7 @@ from research.peft import adapter as adapters
 from research.peft import method as peft
 from research.peft import registry
 from research.peft.method import Sites, Variables
+from research.tasks.loss import model_variables
 
 TOLERANCE = 1e-5  # of hidden states of order one, in fp32
 
@@ -72,11 +73,6 @@ def from_peftree(values: flags.FlagValues) -> tuple[Pretrained, str, Variables]:
     return base, loaded.meta["spec"], attach(loaded, base, peft.sites(base.model), values.force)
 
 
-def attach(loaded: adapters.Adapter, base: Pretrained, sites: Sites, force: bool = False) -> Variables:
-    head = head_shapes(base, len(loaded.meta["classes"])) if loaded.meta.get("task") == "classify" else None
-    return adapters.attach(loaded, base.params, sites, base.fingerprint, force, head)
-
-
 def from_hf(values: flags.FlagValues) -> tuple[Pretrained, str, Variables]:
     """Reads theirs."""
     name = values.model or base_name(Path(values.adapter) / hf_peft.CONFIG)
@@ -115,9 +111,8 @@ def compare(base: Pretrained, sites: Sites, *adapted: tuple[str, Variables]) -> 
 
     def hidden(spec: str, variables: Variables) -> list[jax.Array]:
         v = peft.realised(registry.parse(spec), variables, sites)
-        v = {k: v[k] for k in ("params", "peft", "shared") if k in v}
         with jax.default_matmul_precision("highest"):
-            return [jax.jit(base.model.apply)(v, tokens), *jax.tree.leaves(variables.get("head"))]
+            return [jax.jit(base.model.apply)(model_variables(v), tokens), *jax.tree.leaves(variables.get("head"))]
 
     pairs = zip(*(hidden(*one) for one in adapted), strict=True)
     return max(float(jnp.max(jnp.abs(a - b) / jnp.maximum(1.0, jnp.abs(a)))) for a, b in pairs)

@@ -13,7 +13,7 @@ import numpy as np
 from absl import flags
 
 from experiments import common
-from experiments.classification import head_shapes
+from experiments.classification import attach
 from research.convert.export import export_hf
 from research.convert.load import load
 from research.errors import ModelError
@@ -41,9 +41,7 @@ def main() -> None:
     loaded = adapters.load(values.adapter)
     base = load(values.model or loaded.meta["base"]["name"], untie=values.untie)
     sites = peft.sites(base.model)
-    head = head_shapes(base, len(loaded.meta["classes"])) if loaded.meta.get("task") == "classify" else None
-    variables = adapters.attach(loaded, base.params, sites, base.fingerprint, values.force, head)
-    variables = peft.realised(loaded.method, variables, sites)
+    variables = peft.realised(loaded.method, attach(loaded, base, sites, values.force), sites)
     merged = merge(variables)
     difference, effect = compare(base.model, variables, merged, base.params)
     print(f"merged = base + adapter within {difference:.1e}; the adapter moves the hidden states by up to {effect:.1e}")

@@ -136,16 +136,19 @@ class Case:
     def mask(self) -> Any:
         return peft.mask(self.method, self.variables)
 
+    def moved(self, seed: int = 1) -> dict:
+        """Variables that differ from the fresh ones in all that trains, and in nothing else."""
+        only = lambda new, old, m: jnp.asarray(np.where(m, new, old)) if tree.trains(m) else old  # noqa: E731
+        return jax.tree.map(only, noise(self.variables, seed=seed), self.variables, self.mask)
+
     @functools.cached_property
     def point(self) -> dict:
         """A random point, for what trains and for what is added:
 
         zeros of the initialisation no longer hide anything.
         """
-        moved = noise(self.variables)
-        only = lambda new, old, m: jnp.asarray(np.where(m, new, old)) if tree.trains(m) else old  # noqa: E731
-        trained = jax.tree.map(only, moved, self.variables, self.mask)
-        frozen = tree.partition(moved["peft"], self.mask["peft"])[1]
+        trained = self.moved()
+        frozen = tree.partition(noise(self.variables)["peft"], self.mask["peft"])[1]
         return trained | {"peft": tree.combine(frozen, trained["peft"])}
 
     def point_on(self, path: str) -> Any:

@@ -38,7 +38,7 @@ from research.peft.merge import fold_linear, mergeable
 from research.peft.method import REPARAM, PyTree, Variables, is_node
 from research.peft.rows import same
 from research.peft.sum_own import At, Part, bare, beside, kept, one_layer, stacked
-from research.peft.sum_rules import Rule, by_layer, checked, layers_of
+from research.peft.sum_rules import Rule, by_layer, checked
 
 WHY = {
     "linear": "what they do to a projection is no change of its kernel alone",
@@ -200,7 +200,7 @@ def _refuse(node: Any, rule: Rule) -> None:
 def _lora(path: str, found: Sequence[At | None], params: dict, rule: Rule, mixed: bool) -> Lora:
     """The sum of changes of a kernel as one LoRA, a layer at a time."""
     sums, params = [], {k: params[k] for k in ("kernel", "bias") if k in params}
-    for i, name in enumerate(layers_of(path, jax.tree.leaves(params)[0])):
+    for i, name in enumerate(tree.layer_paths(path, jax.tree.leaves(params)[0])):
         own = one_layer(params, path, i)
         w = dense(own["kernel"], jnp.float32)
         changes = []

@@ -23,6 +23,7 @@ from flax.linen import LogicallyPartitioned
 from research.errors import FlagError
 from research.nn.sites import Node, ResidualNode, Site
 from research.peft import tree
+from research.peft.layernorm import with_norms
 from research.peft.method import (
     REPARAM,
     Card,
@@ -39,7 +40,7 @@ from research.peft.method import (
     select,
     zeros,
 )  # fmt: skip
-from research.peft.phm import Phm, glorot, in_range, widths, with_norms
+from research.peft.phm import Phm, glorot, in_range, widths
 
 CARD = Card(paper="2106.04647", kind="hybrid", memory="yes", inference="extra FFN")
 

@@ -131,8 +131,7 @@ def changes(
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(trained: PyTree, state: PyTree, batch: PyTree, rng: jax.Array) -> tuple[PyTree, PyTree]:
         def mean(trained: PyTree) -> jax.Array:
-            found = loss(rest | trained, batch, rng)
-            return found.sum / jnp.maximum(found.weight, 1e-12)
+            return loss(rest | trained, batch, rng).mean()
 
         updates, state = tx.update(jax.grad(mean)(trained), state)
         return optax.apply_updates(trained, updates), state

@@ -47,8 +47,7 @@ def fisher(variables: Variables, loss: Callable, data: Callable, batches: int) -
     @jax.jit
     def add(total: PyTree, variables: Variables, batch: PyTree) -> PyTree:
         def mean(params: PyTree, row: PyTree) -> jax.Array:
-            found = loss(variables | {"params": params}, row, None)
-            return found.sum / jnp.maximum(found.weight, 1e-12)
+            return loss(variables | {"params": params}, row, None).mean()
 
         def one(total: PyTree, row: PyTree) -> tuple[PyTree, None]:
             slopes = jax.grad(mean)(variables["params"], row)

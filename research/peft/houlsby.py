@@ -17,20 +17,16 @@ from flax import struct
 
 from research.errors import FlagError, did_you_mean
 from research.nn.sites import ResidualNode, Site
-from research.peft.layernorm import NORMS
+from research.peft.layernorm import with_norms
 from research.peft.method import (
     Card,
     Method,
     PyTree,
     Sites,
-    Variables,
     at_least,
-    base_leaves,
-    either,
     leaf,
     place,
     select,
-    trained_fields,
     zeros,
 )  # fmt: skip
 
@@ -123,7 +119,4 @@ def houlsby(
     def init(rng: jax.Array, sites: Sites) -> PyTree:
         return place(select(sites, "residual", targets), "houlsby", rng, node)
 
-    def trainable(variables: Variables) -> PyTree:
-        return either(trained_fields(variables), base_leaves(NORMS, variables))
-
-    return Method(init, trainable=trainable if norms else None, identity=False)
+    return Method(init, trainable=with_norms(norms), identity=False)

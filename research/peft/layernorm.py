@@ -7,7 +7,9 @@
 Every norm of the model: those of the layers, of the embeddings, and the last one.
 """
 
-from research.peft.method import Card, Method, PyTree, Variables, base_leaves
+from collections.abc import Callable
+
+from research.peft.method import Card, Method, PyTree, Variables, base_leaves, either, trained_fields
 
 CARD = Card(paper="2312.11420", kind="selective", memory="yes", inference="none")
 NORMS = r"\w*norm/(scale|bias)"
@@ -20,3 +22,8 @@ def layernorm() -> Method:
         return base_leaves(NORMS, variables)
 
     return Method(init=lambda rng, sites: {}, trainable=trainable)
+
+
+def with_norms(norms: bool) -> Callable[[Variables], PyTree] | None:
+    """What trains of a method that adds nodes: their fields, and the base's layer norms where asked for."""
+    return (lambda variables: either(trained_fields(variables), base_leaves(NORMS, variables))) if norms else None

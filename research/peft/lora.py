@@ -37,6 +37,7 @@ from research.peft.method import (
     matcher,
     place,
     select,
+    split_outside,
     uniform,
     zeros,
 )  # fmt: skip
@@ -143,11 +144,8 @@ def by_pattern(option: str, text: str, kind: type, check: Callable[[Any], None])
 
     Returns sites -> the value of the first pattern that matches, by path; FlagError where a pattern matches no site.
     """
-    parts, depth, found = [""], 0, {}
-    for c in text:
-        depth += (c in "([{") - (c in ")]}")
-        parts = [*parts, ""] if c == "|" and depth == 0 else [*parts[:-1], parts[-1] + c]
-    for part in parts if text else []:
+    found = {}
+    for part in split_outside(text, r"\|") if text else []:
         pattern, _, number = part.strip().rpartition(":")
         try:
             value = kind(number)

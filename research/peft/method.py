@@ -272,3 +272,14 @@ def divides(name: str, value: int, width: int) -> None:
     if width % value:
         near = sorted((k for k in range(1, width + 1) if width % k == 0), key=lambda k: abs(k - value))[:3]
         raise FlagError(f"{name}={value} does not divide {width}. Valid: {', '.join(map(str, sorted(near)))}.")
+
+
+def split_outside(text: str, separator: str) -> list[str]:
+    """Splits at a regular expression, but never inside brackets: targets are regular expressions themselves."""
+    depth, inside = 0, set()
+    for i, c in enumerate(text):
+        depth += (c in "([{") - (c in ")]}")
+        if depth:
+            inside.add(i)
+    cuts = [m.start() for m in re.finditer(separator, text) if m.start() not in inside]
+    return [text[a:b] for a, b in zip([0, *(c + 1 for c in cuts)], [*cuts, len(text)], strict=True)]

@@ -23,22 +23,18 @@ from flax import struct
 from research.errors import FlagError
 from research.nn.sites import ResidualNode, Site
 from research.peft.houlsby import ACTIVATIONS, known
-from research.peft.layernorm import NORMS
+from research.peft.layernorm import with_norms
 from research.peft.method import (
     Card,
     Method,
     PyTree,
     Sites,
-    Variables,
     at_least,
-    base_leaves,
     divides,
-    either,
     leaf,
     normal,
     place,
     select,
-    trained_fields,
     uniform,
     zeros,
 )  # fmt: skip
@@ -95,11 +91,6 @@ def in_range(reduction: int, division: int, activation: str, std: float) -> None
     known(activation)
     if std <= 0:
         raise FlagError(f"std={std} is out of range: an A of zeros has no gradient. Valid: above 0, such as 0.01.")
-
-
-def with_norms(norms: bool) -> Callable[[Variables], PyTree] | None:
-    """What trains: the nodes' fields, and the base's layer norms where asked for."""
-    return (lambda variables: either(trained_fields(variables), base_leaves(NORMS, variables))) if norms else None
 
 
 def phm(

@@ -10,13 +10,12 @@ import importlib
 import inspect
 import math
 import pkgutil
-import re
 from collections.abc import Callable
 from typing import Any
 
 from research.errors import FlagError, did_you_mean
 from research.peft.compose import chain, on_layers
-from research.peft.method import Card, Method
+from research.peft.method import Card, Method, split_outside
 
 
 def names() -> list[str]:
@@ -47,7 +46,7 @@ def parse(spec: str, **run: Any) -> Method:
 
 def split(spec: str) -> list[str]:
     """Splits a chain at each `+` that a method's name follows, outside brackets."""
-    parts = _split(spec, r"\+(?=[A-Za-z_][\w.]*(?::|\+|$))")
+    parts = split_outside(spec, r"\+(?=[A-Za-z_][\w.]*(?::|\+|$))")
     if not all(part.strip() for part in parts):
         raise FlagError(f"--peft={spec!r} names no method.{did_you_mean('', names())}")
     return parts
@@ -87,7 +86,7 @@ def _parse_one(part: str, run: dict[str, Any]) -> Method:
     signature = inspect.signature(function, eval_str=True).parameters
     parameters = {k: p.annotation for k, p in signature.items() if p.kind != p.KEYWORD_ONLY} | {"layers": str}
     arguments = {}
-    for option in _split(options, r",(?=\s*\w+\s*=)") if options else []:
+    for option in split_outside(options, r",(?=\s*\w+\s*=)") if options else []:
         key, equals, text = (s.strip() for s in option.partition("="))
         if not equals:
             raise FlagError(f"{name}: {option!r} is not of the form option=value.")
@@ -119,14 +118,3 @@ def _value(name: str, key: str, text: str, kind: type) -> int | float | bool | s
     if isinstance(value, float) and not math.isfinite(value):
         raise FlagError(f"{name}: {key}={text} is not a finite number.")
     return value
-
-
-def _split(text: str, separator: str) -> list[str]:
-    """Splits at a regular expression, but never inside brackets: targets are regular expressions themselves."""
-    depth, inside = 0, set()
-    for i, c in enumerate(text):
-        depth += (c in "([{") - (c in ")]}")
-        if depth:
-            inside.add(i)
-    cuts = [m.start() for m in re.finditer(separator, text) if m.start() not in inside]
-    return [text[a:b] for a, b in zip([0, *(c + 1 for c in cuts)], [*cuts, len(text)], strict=True)]

@@ -43,7 +43,6 @@ from research.peft.method import (
     leaf,
     select,
 )  # fmt: skip
-from research.peft.shira import names
 
 CARD = Card("2012.13255", "reparametrisation", memory="no", inference="none", small="dim=40,targets=attn/(q|v)")
 
@@ -110,13 +109,13 @@ def said(dim: int = 1000, seed: int = 0, targets: str = "all") -> Method:
         raise FlagError(f"seed={seed} is out of range: valid are 0 to {2**32 - 1}.")
 
     def node(path: str, site: Site, rng: jax.Array) -> Said:
-        words = np.array([zlib.crc32(name.encode()) for name in names(path, site)], np.uint32)
+        words = np.array([zlib.crc32(name.encode()) for name in tree.layer_paths(path, site.stack)], np.uint32)
         stream = lambda rng, shape: jnp.asarray(words.reshape(shape))  # noqa: E731
         return Said(leaf(site, rng, constant(1.0), ()), leaf(site, rng, stream, ()), seed=seed)
 
     def init(rng: jax.Array, sites: Sites) -> PyTree:
         chosen = select(sites, "linear", targets)
-        kernels = sum(len(names(path, site)) for path, site in chosen.items())
+        kernels = sum(len(tree.layer_paths(path, site.stack)) for path, site in chosen.items())
         at_least("dim", dim, kernels + 1)
         theta = Theta(LogicallyPartitioned(jnp.zeros(dim - kernels), (None,)))
         nodes = {f"{path}/said": node(path, site, rng) for path, site in chosen.items()}

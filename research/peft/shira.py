@@ -39,13 +39,6 @@ class Shira(LinearNode):
         return Plus(w, update.reshape(w.shape))
 
 
-def names(path: str, site: Site) -> list[str]:
-    """The site's path in each layer, the same for scanned and unrolled layers."""
-    return (
-        [path.replace("layers", f"layers_{i}", 1) for i in range(site.stack.shape[0])] if site.stack.shape else [path]
-    )
-
-
 def places(seed: int, name: str, size: int, count: int) -> np.ndarray:
     """`count` different places of `size`, in order: where random words are smallest. Raw words of a counter-based
     generator, because numpy's own choice may change from one version to the next.
@@ -72,7 +65,7 @@ def shira(rank: int = 32, seed: int = 0, targets: str = "attn/(q|v)") -> Method:
             most = d_in * d_out // (d_in + d_out)
             raise FlagError(f"rank={rank} is more than all of a kernel [{d_in}, {d_out}]: at most {most}.")
         index = lambda rng, shape: jnp.asarray(  # noqa: E731
-            np.reshape([places(seed, name, d_in * d_out, count) for name in names(path, site)], shape)
+            np.reshape([places(seed, name, d_in * d_out, count) for name in tree.layer_paths(path, site.stack)], shape)
         )
         return Shira(leaf(site, rng, zeros, (count,)), leaf(site, rng, index, (count,)))
 

@@ -26,6 +26,7 @@ import numpy as np
 from research.errors import FlagError, did_you_mean
 from research.nn.sites import ResidualNode, Site
 from research.peft import tree
+from research.peft.elements import highest, share_of
 from research.peft.houlsby import bottleneck
 from research.peft.method import (
     Card,
@@ -123,7 +124,7 @@ def sparse_adapter(
         elif how == "snip":
             slopes = gradient(variables, loss, [data(i) for i in range(batches)])
             scores = {path: w * jnp.abs(slopes[path]) for path, w in scores.items()}
-        kept = highest(scores, 1 - sparsity)
+        kept = jax.tree.map(jnp.asarray, highest(scores, share_of(1 - sparsity, tree.count(scores))))
         for path, n in nodes.items():
             n = n.replace(down_kept=kept[f"{path}/down"], up_kept=kept[f"{path}/up"])
             nodes[path] = n.replace(adapter=n.pruned())
@@ -142,18 +143,8 @@ def gradient(variables: Variables, loss: Callable, batches: list[PyTree]) -> dic
     trained, rest = tree.partition(variables["peft"], trained_fields(variables)["peft"])
 
     def mean(trained: PyTree, batch: PyTree) -> jax.Array:
-        found = loss(variables | {"peft": tree.combine(trained, rest)}, batch, None)
-        return found.sum / jnp.maximum(found.weight, 1e-12)
+        return loss(variables | {"peft": tree.combine(trained, rest)}, batch, None).mean()
 
     slope = jax.jit(jax.grad(mean))
     total = jax.tree.map(lambda *g: sum(g), *(slope(trained, batch) for batch in batches))
     return weights(tree.paths(total, is_leaf=is_node))
-
-
-def highest(scores: dict[str, jax.Array], share: float) -> dict[str, jax.Array]:
-    """True for exactly `share` of all elements together, those of the highest scores."""
-    flat = np.concatenate([np.ravel(s) for s in scores.values()])
-    kept = np.zeros(flat.size, bool)
-    kept[np.argsort(-flat, kind="stable")[: round(share * flat.size)]] = True
-    parts = np.split(kept, np.cumsum([s.size for s in scores.values()])[:-1])
-    return {path: jnp.asarray(part.reshape(s.shape)) for part, (path, s) in zip(parts, scores.items(), strict=True)}

@@ -19,7 +19,8 @@ from research.peft.method import PyTree
 from research.peft.parallel import LearntParallel, Parallel
 from research.peft.rows import same
 from research.peft.shira import Shira
-from research.peft.sum_rules import Rule, by_layer, layers_of
+from research.peft.sum_rules import Rule, by_layer
+from research.peft.tree import layer_paths
 
 # Nodes whose change is linear in one field, with the field's value that changes nothing; the other fields are fixed.
 FIELDS = {Scale: ("l", 1.0), ScaleInput: ("l", 1.0), Shira: ("values", 0.0), FourierFt: ("spectrum", 0.0)}
@@ -128,7 +129,7 @@ def _doras(nodes: Sequence[Any], path: str, params: PyTree, rule: Rule) -> Dora:
     w a, B all b diag(d / c). That is a DoRA of magnitudes c ||W + A B||.
     """
     kernel, sums = beside(params, path)["kernel"], []
-    for i in range(len(layers_of(path, jax.tree.leaves(kernel)[0]))):
+    for i in range(len(layer_paths(path, jax.tree.leaves(kernel)[0]))):
         w = dense(one_layer(kernel, path, i), jnp.float32)
         found = [(weight, one_layer(node, path, i)) for weight, node in _there(nodes, rule)]
         shares = [n.m / norms(w, n.a * n.scale, n.b) for _, n in found]

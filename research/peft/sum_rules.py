@@ -8,6 +8,7 @@ import numpy as np
 
 from research.errors import FlagError, did_you_mean
 from research.peft.method import at_least
+from research.peft.tree import layer_paths
 
 # how: (what prunes each change, whether signs are elected)
 PRUNED = {
@@ -56,17 +57,10 @@ class Rule(NamedTuple):
 
 def by_layer(rule: Rule, changes: list[np.ndarray], path: str) -> np.ndarray:
     """Applies the rule to each layer of a scanned stack by itself, as it would be in an unrolled one."""
-    names = layers_of(path, changes[0])
+    names = layer_paths(path, changes[0])
     if names == [path]:
         return rule(changes, path)
     return np.stack([rule([x[i] for x in changes], name) for i, name in enumerate(names)])
-
-
-def layers_of(path: str, leaf: Any) -> list[str]:
-    """The leaf's path in each layer of an unrolled stack; of a leaf outside the stack its own."""
-    if not path.startswith("layers/"):
-        return [path]
-    return [path.replace("layers", f"layers_{i}", 1) for i in range(leaf.shape[0])]
 
 
 def checked(count: int, weights: Sequence[float], how: str, rank: Any, density: Any, majority: Any, seed: Any) -> Rule:

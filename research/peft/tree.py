@@ -28,6 +28,13 @@ def paths(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> dict[st
     return {path_string(p): x for p, x in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]}
 
 
+def layer_paths(path: str, leaf: Any) -> list[str]:
+    """The leaf's path in each layer of an unrolled stack; of a leaf outside the stack its own."""
+    if not path.startswith("layers/"):
+        return [path]
+    return [path.replace("layers", f"layers_{i}", 1) for i in range(leaf.shape[0])]
+
+
 def map_with_path(fn: Callable[..., Any], tree: PyTree, *rest: PyTree, is_leaf=None) -> PyTree:
     """`jax.tree.map` whose function takes the path string first."""
     return jax.tree_util.tree_map_with_path(lambda p, *x: fn(path_string(p), *x), tree, *rest, is_leaf=is_leaf)

@@ -22,6 +22,10 @@ class Loss(NamedTuple):
     metrics: dict[str, tuple[jax.Array, jax.Array]]
     outputs: tuple[jax.Array, jax.Array] | None = None
 
+    def mean(self) -> jax.Array:
+        """sum / weight [], and 0 for a batch of no weight."""
+        return self.sum / jnp.maximum(self.weight, 1e-12)
+
 
 def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """-log softmax(logits)[label] in fp32. logits [..., V], labels [...] int -> [...]."""

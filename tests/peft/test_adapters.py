@@ -15,10 +15,10 @@ from research.nn.on import On
 from research.peft import adamix, houlsby, phm, registry, s4, tree, unipelt
 from research.peft import method as peft
 from research.peft.attention_fusion import Fusion
+from research.peft.elements import highest
 from research.peft.method import is_node
 from research.peft.parallel import Parallel
 from research.peft.prefix import Prefix
-from research.peft.sparse_adapter import highest
 from research.tasks import classify
 from research.tasks.loss import Loss, model_variables
 from tests import tiny
@@ -270,7 +270,7 @@ def test_what_is_pruned_neither_counts_nor_trains():
 
 
 def test_exactly_a_share_is_kept_even_of_equal_scores():
-    kept = highest({"a": jnp.zeros((2, 3)), "b": jnp.ones(4)}, 0.5)
+    kept = highest({"a": jnp.zeros((2, 3)), "b": jnp.ones(4)}, 5)
     assert kept["b"].all() and int(kept["a"].sum()) == 1
 
 

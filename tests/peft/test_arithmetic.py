@@ -35,9 +35,7 @@ def adapters(case: tiny.Case, count: int = 3) -> list[dict]:
     """Realised, without a head, different in all that trains."""
 
     def one(seed: int) -> dict:
-        moved = tiny.noise(case.variables, seed=seed)
-        new = lambda a, b, m: jnp.where(m, a, b) if tree.trains(m) else b  # noqa: E731
-        variables = jax.tree.map(new, moved, case.variables, case.mask)
+        variables = case.moved(seed)
         return peft.realised(case.method, {k: variables[k] for k in ("params", "peft")}, case.sites)
 
     return [one(20 + seed) for seed in range(count)]

@@ -33,13 +33,7 @@ SPECS = dict.fromkeys([registry.small(name) for name in registry.names()] + EXTR
 
 def points(case: tiny.Case, count: int) -> list[dict]:
     """Variables that differ in all that trains; what does not train is the same in all, as a seed makes it."""
-
-    def one(seed: int) -> dict:
-        moved = tiny.noise(case.variables, seed=seed)
-        new = lambda a, b, m: jnp.where(m, a, b) if tree.trains(m) else b  # noqa: E731
-        return jax.tree.map(new, moved, case.variables, case.mask)
-
-    return [one(10 + seed) for seed in range(count)]
+    return [case.moved(10 + seed) for seed in range(count)]
 
 
 def adapters(case: tiny.Case) -> list[dict]:
