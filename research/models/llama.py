@@ -157,8 +157,9 @@ class Block(nn.Module):
             c.num_heads, c.num_kv_heads, c.head_dim, qkv_bias=c.qkv_bias, qk_norm_eps=c.norm_eps if c.qk_norm else None,
             dtype=c.dtype, param_dtype=c.param_dtype, name="attn",
         )  # fmt: skip
-        h = RMSNorm(c.norm_eps, param_dtype=c.param_dtype, name="attn_norm")(x)
-        x = x + Residual(name="attn_residual")(x, h, attn(h, mask, (cos, sin)))
+        attn_norm = RMSNorm(c.norm_eps, param_dtype=c.param_dtype, name="attn_norm")
+        h = attn_norm(x)
+        x = x + Residual(name="attn_residual")(x, h, attn(h, mask, (cos, sin), attn_norm))
         h = RMSNorm(c.norm_eps, param_dtype=c.param_dtype, name="mlp_norm")(x)
         x = x + Residual(name="mlp_residual")(x, h, Mlp(c, name="mlp")(h))
         return nn.with_logical_constraint(x, ("batch", "length", None))
@@ -174,8 +175,9 @@ class Embeddings(nn.Module):
         self.tokens = Embed(c.vocab_size, c.hidden_size, dtype=c.dtype, param_dtype=c.param_dtype)
         self.prompt = Prompt()
 
-    def __call__(self, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return self.prompt(self.tokens(tokens), mask, jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0))
+    def __call__(self, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, tuple | None]:
+        x, slots, positions = self.prompt(self.tokens(tokens), mask, jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0))
+        return x, slots, positions, self.prompt.past()
 
     def attend(self, x: jax.Array) -> jax.Array:
         return self.tokens.attend(x)
@@ -199,13 +201,14 @@ class Llama(nn.Module):
     def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """tokens, mask (1 real, 0 pad) int [B, T] -> hidden after the last norm [B, T, D].
 
-        Positions count real tokens, so that padding on either side changes no real token's result.
+        Positions count real tokens, so that padding on either side changes no real token's result. With collection
+        `cache` the tokens go on where it ends.
         """
         c = self.config
         mask = jnp.ones_like(tokens) if mask is None else mask
-        embedded, slots, positions = self.embed(tokens, mask)
+        embedded, slots, positions, past = self.embed(tokens, mask)
         cos, sin = angles(positions, frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
-        seen = causal(slots, positions, c.sliding_window)
+        seen = causal(slots, positions, c.sliding_window, past)
         x, layers = apply_layers(self.layers, c, embedded, seen, cos, sin, collect=self.outputs.occupied)
         x = self.norm(self.outputs(x, layers, embedded, seen)[:, -tokens.shape[1] :])
         if self.is_initializing():
@@ -227,10 +230,21 @@ class Llama(nn.Module):
         return jnp.take_along_axis(self(tokens, mask), last[:, None, None], axis=1)[:, 0]
 
 
-def causal(mask: jax.Array, positions: jax.Array, window: int | None = None) -> jax.Array:
-    """mask, positions [B, T] -> bool [B, T, T]: real keys at or before the query, and within its window."""
+def causal(
+    mask: jax.Array,
+    positions: jax.Array,
+    window: int | None = None,
+    past: tuple[jax.Array, jax.Array] | None = None,
+) -> jax.Array:
+    """mask, positions [B, T] -> bool [B, T, T]: real keys at or before the query, and within its window.
+
+    past: mask and positions [B, N] of earlier tokens; then [B, T, N + T].
+    """
     t = mask.shape[1]
-    allowed = jnp.tril(jnp.ones((t, t), bool)) & mask[:, None, :].astype(bool)
+    allowed, keys = jnp.tril(jnp.ones((t, t), bool)) & mask[:, None, :].astype(bool), positions
+    if past is not None:
+        before = jnp.broadcast_to(past[0][:, None, :].astype(bool), (mask.shape[0], t, past[0].shape[1]))
+        allowed, keys = jnp.concatenate([before, allowed], axis=-1), jnp.concatenate([past[1], positions], axis=1)
     if window is not None:
-        allowed &= positions[:, :, None] - positions[:, None, :] < window
+        allowed &= positions[:, :, None] - keys[:, None, :] < window
     return allowed

@@ -29,7 +29,7 @@ def apply_layers(layers, config, x: jax.Array, *broadcast: jax.Array, collect: b
     if config.scan:
         body = nn.scan(
             body,
-            variable_axes={"params": 0, "peft": 0, "sites": 0},
+            variable_axes={"params": 0, "peft": 0, "sites": 0, "cache": 0, "kept": 0},
             variable_broadcast="shared",
             split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,

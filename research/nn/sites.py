@@ -6,6 +6,10 @@ collection `sites`; under `model.apply` it hands its activations to the nodes fo
 
     sites: {"layers": {"attn": {"q": {"site": Site("linear", (D, H*K), ("embed", "heads"), stack=[L])}}}}
     peft:  {"layers": {"attn": {"q": {"lora": Lora(a[L, D, r], b[L, r, H*K], scale[L])}}}}
+
+Decoding goes through sites too. What later tokens need of these ones is written to collection `kept` where that is
+mutable, and what earlier tokens left is read from collection `cache` where that is given: keys and values, virtual ones
+included, at `attention`, the mask and the positions at `embed`, and a side network's own keys at `output`.
 """
 
 from collections.abc import Callable
@@ -142,6 +146,20 @@ class OutputNode(Node):
 
     kind: ClassVar[str] = "output"
 
+    def outputs_after(
+        self,
+        x: jax.Array,
+        layers: jax.Array,
+        embedded: jax.Array,
+        mask: jax.Array,
+        rng: jax.Array | None,
+        past: Any,
+    ) -> tuple[jax.Array, Any]:
+        """As `outputs`, and what later tokens need: a dict of leaves [..., B, T, heads, K], {} where each token stands
+        for itself. `past`: the same of the earlier tokens, or {}; mask then covers them too.
+        """
+        return self.outputs(x, layers, embedded, mask, rng), {}
+
     def outputs(
         self, x: jax.Array, layers: jax.Array, embedded: jax.Array, mask: jax.Array, rng: jax.Array | None
     ) -> jax.Array:
@@ -149,6 +167,17 @@ class OutputNode(Node):
         mask bool [B, T or 1, T] (True where a query may look) -> [B, T, D].
         """
         raise TypeError(f"{type(self).__name__} has no output hook")
+
+
+def remember(module: nn.Module, name: str, value: Any) -> None:
+    """Writes what later tokens need to collection `kept`, where the caller asked for it."""
+    if module.is_mutable_collection("kept") and not module.is_initializing():
+        module.put_variable("kept", name, value)
+
+
+def recall(module: nn.Module, name: str) -> Any:
+    """What earlier tokens left here, or None."""
+    return module.get_variable("cache", name) if module.has_variable("cache", name) else None
 
 
 def record(module: nn.Module, kind: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> None:
@@ -181,16 +210,26 @@ class KeysValues(nn.Module):
     @nn.compact
     def __call__(self, k: jax.Array, v: jax.Array, mask: jax.Array, x: jax.Array, project: Callable) -> tuple:
         """k, v [B, S, kv_heads, K], mask bool [B, T or 1, S] -> the same with P more keys in front, and gate [B, T, P]
-        for those, or None.
+        for those, or None. With a cache of N tokens the mask is [B, T, N + S], and their keys come back too.
         """
         record(self, "attention", k.shape[-2:], ("kv_heads", None))
+        past = recall(self, "keys"), recall(self, "values")
+        virtual = [more for node in nodes(self) if (more := node.keys_values(x, project)) is not None]
+        if past[0] is not None:  # the virtual keys are in front of the cache already
+            remember(self, "keys", k)
+            remember(self, "values", v)
+            k, v = (
+                jnp.concatenate([old, new.astype(old.dtype)], axis=1) for old, new in zip(past, (k, v), strict=True)
+            )
         gates = []
-        for node in nodes(self):
-            if (more := node.keys_values(x, project)) is None:
-                continue
-            k, v = (jnp.concatenate([_rows(new, old), old], axis=1) for new, old in ((more.k, k), (more.v, v)))
+        for more in virtual:
+            if past[0] is None:
+                k, v = (jnp.concatenate([_rows(new, old), old], axis=1) for new, old in ((more.k, k), (more.v, v)))
             mask = jnp.concatenate([jnp.broadcast_to(more.on, (*mask.shape[:2], more.on.shape[0])), mask], axis=-1)
             gates.insert(0, (more.gate, more.on.shape[0]))
+        if past[0] is None:
+            remember(self, "keys", k)
+            remember(self, "values", v)
         if all(gate is None for gate, _ in gates):
             return k, v, mask, None
         full = lambda gate, size: jnp.broadcast_to(1.0 if gate is None else gate[..., None], (*x.shape[:2], size))  # noqa: E731
@@ -216,9 +255,26 @@ class Prompt(nn.Module):
         """x [B, T, D], mask and positions [B, T] -> the same with P more slots in front.
 
         Shifts of all nodes come first, so that their order in a chain does not matter: virtual tokens take positions
-        shift..shift+P-1 and the text starts behind them.
+        shift..shift+P-1 and the text starts behind them. With a cache the tokens go on where it ends, and nothing
+        comes before them.
         """
         record(self, "embed", (x.shape[-1],), ("embed",))
+        past = self.past()
+        if past is None:
+            x, mask, positions = self._first(x, mask, positions)
+        else:
+            before, their = past
+            positions = positions + 1 + jnp.max(jnp.where(before > 0, their, -1), axis=1, keepdims=True)
+        remember(self, "mask", mask)
+        remember(self, "positions", positions)
+        return x, mask, positions
+
+    def past(self) -> tuple[jax.Array, jax.Array] | None:
+        """Mask and positions [B, N] of the tokens in the cache, virtual ones included; None without a cache."""
+        mask = recall(self, "mask")
+        return None if mask is None else (mask, recall(self, "positions"))
+
+    def _first(self, x: jax.Array, mask: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         here = nodes(self)
         shift = sum(node.shift() for node in here)
         virtual = [tokens for node in here if (tokens := node.tokens()) is not None]
@@ -245,6 +301,11 @@ class Outputs(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, layers: jax.Array | None, embedded: jax.Array, mask: jax.Array) -> jax.Array:
         record(self, "output", (self.num_layers, x.shape[-1]), (None, "embed"))
-        for node in nodes(self):
-            x = node.outputs(x, layers, embedded, mask, training_rng(self))
+        past, kept = recall(self, "side") or {}, {}
+        for place, node in enumerate(nodes(self)):
+            before = past.get(str(place), {})
+            x, after = node.outputs_after(x, layers, embedded, mask, training_rng(self), before)
+            kept |= {str(place): after} if after else {}
+        if kept:
+            remember(self, "side", kept)
         return x

@@ -70,21 +70,35 @@ class Ladder(OutputNode):
     def outputs(
         self, x: jax.Array, layers: jax.Array, embedded: jax.Array, mask: jax.Array, rng: jax.Array | None
     ) -> jax.Array:
+        return self.outputs_after(x, layers, embedded, mask, rng, {})[0]
+
+    def outputs_after(
+        self,
+        x: jax.Array,
+        layers: jax.Array,
+        embedded: jax.Array,
+        mask: jax.Array,
+        rng: jax.Array | None,
+        past: PyTree,
+    ) -> tuple[jax.Array, PyTree]:
         frozen = jax.lax.stop_gradient
         mu = jax.nn.sigmoid(self.gate / self.temperature)
         rungs = {name: getattr(self, name).astype(x.dtype) for name in RUNGS} | {"mu": mu.astype(x.dtype)}
         first, first_bias, norm, up, up_bias = (getattr(self, name).astype(x.dtype) for name in ENDS)
 
-        def rung(h: jax.Array, of: tuple) -> tuple[jax.Array, None]:
-            state, w = of
+        def rung(h: jax.Array, of: tuple) -> tuple[jax.Array, PyTree]:
+            state, w, before = of
             h = w["mu"] * h + (1 - w["mu"]) * (state @ w["down"] + w["down_bias"])
             n = rms(h) * w["attn_norm"]
             q, k, v = ((n @ w[name]).reshape(*h.shape[:-1], self.heads, -1) for name in "qkv")
+            kept = {"keys": k, "values": v}
+            if before:
+                k, v = (jnp.concatenate([before[name], kept[name]], axis=1) for name in ("keys", "values"))
             h = h + attend(q, k, v, mask) @ w["o"]
-            return h + jax.nn.gelu((rms(h) * w["mlp_norm"]) @ w["wi"]) @ w["wo"], None
+            return h + jax.nn.gelu((rms(h) * w["mlp_norm"]) @ w["wi"]) @ w["wo"], kept
 
-        h, _ = jax.lax.scan(rung, frozen(embedded) @ first + first_bias, (frozen(layers), rungs))
-        return x + (rms(h) * norm) @ up + up_bias
+        h, kept = jax.lax.scan(rung, frozen(embedded) @ first + first_bias, (frozen(layers), rungs, past))
+        return x + (rms(h) * norm) @ up + up_bias, kept
 
 
 def rms(x: jax.Array) -> jax.Array:

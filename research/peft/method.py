@@ -65,7 +65,10 @@ class Card(NamedTuple):
 
 
 def sites(model: nn.Module) -> Sites:
-    """Every place of the model where a node may sit, from shapes alone."""
+    """Every place of the model where a node may sit, from shapes alone.
+
+    The model is initialised on tokens [1, 2], or on what its `example()` gives.
+    """
     return _abstract(model)[1]
 
 
@@ -76,7 +79,8 @@ def base(model: nn.Module) -> tuple[PyTree, PyTree]:
 
 
 def _abstract(model: nn.Module) -> tuple[PyTree, Sites]:
-    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    inputs = model.example() if hasattr(model, "example") else (jnp.zeros((1, 2), jnp.int32),)
+    variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
     found = tree.paths(variables["sites"], is_leaf=lambda x: isinstance(x, Site))
     return variables["params"], {path.removesuffix("/site"): site for path, site in found.items()}
 
