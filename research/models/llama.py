@@ -175,8 +175,11 @@ class Embeddings(nn.Module):
         self.tokens = Embed(c.vocab_size, c.hidden_size, dtype=c.dtype, param_dtype=c.param_dtype)
         self.prompt = Prompt()
 
-    def __call__(self, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, tuple | None]:
-        x, slots, positions = self.prompt(self.tokens(tokens), mask, jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0))
+    def __call__(
+        self, tokens: jax.Array, mask: jax.Array, segments: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array, tuple | None]:
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0) if segments is None else within(segments)
+        x, slots, positions = self.prompt(self.tokens(tokens), mask, positions)
         return x, slots, positions, self.prompt.past()
 
     def attend(self, x: jax.Array) -> jax.Array:
@@ -198,17 +201,24 @@ class Llama(nn.Module):
         head = Linear(c.vocab_size, ("embed", "vocab"), use_bias=False, **types)
         self.lm_head = Tied() if c.tie_embeddings else head
 
-    def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self, tokens: jax.Array, mask: jax.Array | None = None, segments: jax.Array | None = None
+    ) -> jax.Array:
         """tokens, mask (1 real, 0 pad) int [B, T] -> hidden after the last norm [B, T, D].
+
+        segments int [B, T], where several documents share a row: 1, 2, ... and 0 for padding. Each is then computed as
+        if it were alone; virtual tokens and prefixes stand before every one.
 
         Positions count real tokens, so that padding on either side changes no real token's result. With collection
         `cache` the tokens go on where it ends.
         """
         c = self.config
         mask = jnp.ones_like(tokens) if mask is None else mask
-        embedded, slots, positions, past = self.embed(tokens, mask)
+        embedded, slots, positions, past = self.embed(tokens, mask, segments)
         cos, sin = angles(positions, frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
         seen = causal(slots, positions, c.sliding_window, past)
+        if segments is not None:
+            seen &= together(segments, slots.shape[1] - tokens.shape[1])
         x, layers = apply_layers(self.layers, c, embedded, seen, cos, sin, collect=self.outputs.occupied)
         x = self.norm(self.outputs(x, layers, embedded, seen)[:, -tokens.shape[1] :])
         if self.is_initializing():
@@ -220,14 +230,27 @@ class Llama(nn.Module):
         tied = self.config.tie_embeddings
         return self.lm_head(x, self.embed.attend(x)) if tied else self.lm_head(x).astype(jnp.float32)
 
-    def logits(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    def logits(self, tokens: jax.Array, mask: jax.Array | None = None, segments: jax.Array | None = None) -> jax.Array:
         """tokens [B, T] -> logits [B, T, V] fp32."""
-        return self.unembed(self(tokens, mask))
+        return self.unembed(self(tokens, mask, segments))
 
     def features(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """[B, D] for a task head: the last real token, which has seen the whole sequence."""
         last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
         return jnp.take_along_axis(self(tokens, mask), last[:, None, None], axis=1)[:, 0]
+
+
+def within(segments: jax.Array) -> jax.Array:
+    """segments [B, T] -> the position of each token in its own segment [B, T]."""
+    index = jnp.arange(segments.shape[1], dtype=jnp.int32)
+    new = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return index - jax.lax.cummax(jnp.where(new, index, 0), axis=1)
+
+
+def together(segments: jax.Array, virtual: int) -> jax.Array:
+    """segments [B, T] -> bool [B, P + T, P + T]: keys of the query's own segment, and the P virtual tokens in front."""
+    segments = jnp.pad(segments, ((0, 0), (virtual, 0)), constant_values=-1)
+    return (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == -1)
 
 
 def causal(
