@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=find_packages(include=["research*", "experiments*"]),
+    packages=find_packages(include=["research*", "experiments*", "tpu*"]),
     install_requires=[
         "absl-py>=2.1",
         "datasets>=4.0",
@@ -27,6 +27,7 @@ setup(
         "numpy>=2.0",
         "optax>=0.2.6",
         "orbax-checkpoint>=0.12,<0.13",
+        "pillow>=10",
         "safetensors>=0.6",
         "tabulate>=0.9",
         "tokenizers>=0.22",

@@ -3,14 +3,20 @@
 import flax.linen as nn
 
 from research.errors import ModelError, did_you_mean
-from research.models import bert, llama
+from research.models import bert, dit, llama, unet, vit
 from research.nn.layers import REMAT
 
-Config = bert.BertConfig | llama.LlamaConfig
+Config = bert.BertConfig | llama.LlamaConfig | dit.DitConfig | unet.UnetConfig | vit.VitConfig
 
-PRESETS: dict[str, Config] = bert.PRESETS | llama.PRESETS
+PRESETS: dict[str, Config] = bert.PRESETS | llama.PRESETS | dit.PRESETS | unet.PRESETS | vit.PRESETS
 
-_MODULES: dict[type, type[nn.Module]] = {bert.BertConfig: bert.Bert, llama.LlamaConfig: llama.Llama}
+_MODULES: dict[type, type[nn.Module]] = {
+    bert.BertConfig: bert.Bert,
+    llama.LlamaConfig: llama.Llama,
+    dit.DitConfig: dit.Dit,
+    unet.UnetConfig: unet.Unet,
+    vit.VitConfig: vit.Vit,
+}
 
 
 def preset(name: str) -> Config:

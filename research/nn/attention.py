@@ -1,5 +1,8 @@
 """Multi-head attention with grouped keys, and the site `attention`."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,6 +12,19 @@ from research.nn.norm import RMSNorm
 from research.nn.param import dropout, training_rng
 from research.nn.rope import rotate
 from research.nn.sites import KeysValues
+
+
+class Projection(NamedTuple):
+    """What a node may do with virtual tokens [..., D]: calling it gives keys and values [..., kv_heads, K].
+
+    `norm` is the layer norm in front of the attention (pre-LN) or the identity.
+    """
+
+    keys_values: Callable
+    norm: Callable
+
+    def __call__(self, h: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return self.keys_values(h)
 
 
 class Attention(nn.Module):
@@ -28,8 +44,17 @@ class Attention(nn.Module):
     param_dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array, rope: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
-        """x [B, T, D], mask bool [B, T or 1, S] (True where a query may look), rope (cos, sin) -> [B, T, D]."""
+    def __call__(
+        self,
+        x: jax.Array,
+        mask: jax.Array,
+        rope: tuple[jax.Array, jax.Array] | None = None,
+        norm: Callable = lambda x: x,
+    ) -> jax.Array:
+        """x [B, T, D], mask bool [B, T or 1, S] (True where a query may look), rope (cos, sin) -> [B, T, D].
+
+        norm: the one that made x, for nodes whose tokens have yet to go through it.
+        """
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         project_q = Linear(width, ("embed", "heads"), self.qkv_bias, name="q", **types)
@@ -45,7 +70,8 @@ class Attention(nn.Module):
             k = RMSNorm(self.qk_norm_eps, param_dtype=self.param_dtype, name="k_norm")(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
-        kv, project = KeysValues(name="kv"), lambda h: (heads(project_k(h)), heads(project_v(h)))
+        project = Projection(lambda h: (heads(project_k(h)), heads(project_v(h))), norm)
+        kv = KeysValues(name="kv")
         k, v, mask, gate = kv(k, v, mask, x, project)
         y = attend(q, k, v, mask, self.dropout, training_rng(self), gate)
         y = kv.attended(q, y, x, project)

@@ -1,4 +1,4 @@
-"""Sentence classification: a linear head on the model's features."""
+"""Classification of sentences and images: a linear head on the model's features."""
 
 from collections.abc import Callable
 
@@ -19,10 +19,11 @@ def init_head(rng: jax.Array, features: int, classes: int, bias: bool = True) ->
 
 
 def logits(model: nn.Module, variables: dict, batch: dict, rng: jax.Array | None = None) -> jax.Array:
-    """batch {"tokens", "mask"} [B, T] -> [B, C] fp32."""
+    """batch {"tokens", "mask"} [B, T] or {"images"} [B, H, W, C] -> [B, C] fp32."""
     model_rng, head_rng = (None, None) if rng is None else jax.random.split(rng)
     rngs = {} if rng is None else {"dropout": model_rng}
-    x = model.apply(model_variables(variables), batch["tokens"], batch["mask"], method="features", rngs=rngs)
+    inputs = (batch["images"],) if "images" in batch else (batch["tokens"], batch["mask"])
+    x = model.apply(model_variables(variables), *inputs, method="features", rngs=rngs)
     x = dropout(x.astype(jnp.float32), getattr(model.config, "dropout", 0.0), head_rng)
     return x @ variables["head"]["kernel"] + variables["head"].get("bias", 0.0)
 
@@ -30,14 +31,18 @@ def logits(model: nn.Module, variables: dict, batch: dict, rng: jax.Array | None
 def loss(model: nn.Module) -> Callable[[dict, dict, jax.Array | None], Loss]:
     """Cross-entropy in nats, and accuracy.
 
-    batch: tokens, mask int [B, T], labels int [B], weight [B] (0 for a row that only pads the batch).
+    batch: tokens, mask int [B, T] or images [B, H, W, C]; labels int [B], or [B, C] that sum to 1 (mixed images: the
+    likeliest counts as right); weight [B] (0 for a row that only pads the batch).
     """
 
     def fn(variables: dict, batch: dict, rng: jax.Array | None) -> Loss:
         z, labels = logits(model, variables, batch, rng), batch["labels"]
-        weight = batch.get("weight", jnp.ones(labels.shape)).astype(jnp.float32)
-        total, correct = jnp.sum(weight), (jnp.argmax(z, axis=-1) == labels) * weight
-        nats = jnp.sum(cross_entropy(z, labels) * weight)
+        weight = batch.get("weight", jnp.ones(labels.shape[:1])).astype(jnp.float32)
+        soft = labels.ndim == 2
+        total, right = jnp.sum(weight), jnp.argmax(labels, axis=-1) if soft else labels
+        correct = (jnp.argmax(z, axis=-1) == right) * weight
+        each = -jnp.sum(labels * jax.nn.log_softmax(z), axis=-1) if soft else cross_entropy(z, labels)
+        nats = jnp.sum(each * weight)
         return Loss(nats, total, {"accuracy": (jnp.sum(correct), total)}, (z, weight))
 
     return fn

@@ -16,6 +16,7 @@ from research.convert.config import config_from_hf, config_to_hf
 from research.convert.export import write_safetensors
 from research.convert.load import load, load_config
 from research.errors import ModelError
+from research.models import bert, llama
 from research.models.registry import PRESETS, build
 from research.peft import tree
 
@@ -94,7 +95,7 @@ def test_config_round_trip(name):
     assert config_from_hf(config_to_hf(config)) == config
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", bert.PRESETS | llama.PRESETS)
 def test_every_preset_survives_config_json(name):
     config = PRESETS[name]
     back = config_from_hf(json.loads(json.dumps(config_to_hf(config))))
