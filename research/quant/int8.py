@@ -12,11 +12,6 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from research.peft.method import matcher
-from research.peft.tree import map_with_path
-
-PyTree = Any
-
 
 @struct.dataclass
 class Int8:
@@ -50,15 +45,6 @@ def quantise(w: jax.Array) -> Int8:
     return Int8(codes.astype(jnp.int8), scale)
 
 
-def quantise_tree(params: PyTree, targets: str = r"layers(_\d+)?/.*/kernel") -> PyTree:
-    """Quantises the kernels whose path matches `targets`; everything else keeps its buffers."""
-    matches = matcher(targets)
-    return map_with_path(lambda path, w: quantise(w) if matches(path) else w, params)
-
-
-def quantise_axes(axes: PyTree, targets: str = r"layers(_\d+)?/.*/kernel") -> PyTree:
-    """The logical axes of the quantised tree from the base's."""
-    matches = matcher(targets)
-    return map_with_path(
-        lambda path, a: Int8(a, (*a[:-2], a[-1])) if matches(path) else a, axes, is_leaf=lambda x: isinstance(x, tuple)
-    )
+def axes_of(axes: tuple) -> Int8:
+    """The logical axes of the node from its kernel's."""
+    return Int8(axes, (*axes[:-2], axes[-1]))

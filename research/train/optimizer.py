@@ -28,7 +28,8 @@ DEFAULTS = {
     "lion": (0.9, 0.99, 0.0),
     "adafactor": (0.0, 0.8, 1e-30),
 }
-SHAPES = ("constant", "linear", "cosine")
+SHAPES = ("constant", "linear", "cosine", "wsd", "inverse_sqrt")
+WSD_FALL = 0.2  # the last part of the steps after warmup in which "wsd" falls
 
 
 def _core(name: str, b1: float, b2: float, eps: float) -> optax.GradientTransformation:
@@ -93,17 +94,19 @@ def make_schedule(
 ) -> Callable[[Any], Any]:
     """Returns `rate(t)`, t updates done so far.
 
-    It is learning_rate * t / warmup while t < warmup, then falls as `name` says to the fraction `final` at t = steps.
+    It is learning_rate * t / warmup while t < warmup, then falls as `name` says to the fraction `final` at t = steps:
+    "wsd" (warmup, stable, decay: arXiv 2404.06395) stays full and falls linearly over the last WSD_FALL of what is
+    left, "inverse_sqrt" (arXiv 1706.03762, section 5.3) is sqrt(warmup / t), at least `final`.
 
-    `warmup` counts steps, or is a fraction of `steps` when below 1. Only "constant" without a fraction can do without
-    `steps`.
+    `warmup` counts steps, or is a fraction of `steps` when below 1. Only "constant" and "inverse_sqrt" without a
+    fraction can do without `steps`.
     """
     if name not in SHAPES:
         raise FlagError(f"unknown schedule {name!r}.{did_you_mean(name, SHAPES)}")
     _check("learning_rate", learning_rate, 0.0)
     _check("warmup", warmup, 0)
     _check("final", final, 0.0, 1.0, closed=True)
-    if steps is None and (name != "constant" or 0 < warmup < 1):
+    if steps is None and (name not in ("constant", "inverse_sqrt") or 0 < warmup < 1):
         raise FlagError(f"schedule {name!r} with warmup={warmup} needs the number of steps")
     if warmup >= 1 and warmup != int(warmup):
         raise FlagError(f"warmup={warmup} is neither a number of steps nor a fraction below 1")
@@ -118,6 +121,10 @@ def make_schedule(
             shape = 1.0
         elif name == "linear":
             shape = 1.0 - (1.0 - final) * done
+        elif name == "wsd":
+            shape = 1.0 - (1.0 - final) * jnp.maximum(0.0, (done - 1.0) / WSD_FALL + 1.0)
+        elif name == "inverse_sqrt":
+            shape = jnp.maximum(final, jnp.sqrt(max(1, rise) / jnp.maximum(t, max(1, rise))))
         else:
             shape = final + (1.0 - final) * 0.5 * (1.0 + jnp.cos(math.pi * done))
         return learning_rate * jnp.where(t < rise, t / max(1, rise), shape)

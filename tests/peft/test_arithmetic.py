@@ -16,7 +16,7 @@ from research.peft.houlsby import Bottleneck
 from research.peft.lora import Lora
 from research.peft.merge import merge
 from research.peft.sum_rules import HOWS, Rule
-from research.quant.int8 import quantise_tree
+from research.quant.tree import quantise_tree
 from tests import tiny
 
 SIDE_BY_SIDE = ("houlsby", "pfeiffer", "parallel")

@@ -14,7 +14,8 @@ from research.errors import FlagError
 from research.peft import method as peft
 from research.peft import tree
 from research.peft.merge import merge
-from research.quant.int8 import Int8, quantise_axes, quantise_tree
+from research.quant.int8 import Int8
+from research.quant.tree import quantise_axes, quantise_tree
 from research.train import mesh as meshes
 from research.train import state as states
 from research.train import step as steps

@@ -22,7 +22,7 @@ from research.peft.prefix import PrefixMlp
 from research.peft.prompt import VirtualTokens, prompt
 from research.peft.ptuning import Encoder
 from research.peft.spot import trained
-from research.quant.int8 import quantise_tree
+from research.quant.tree import quantise_tree
 from tests import tiny
 
 BASE = {"name": "tiny", "fingerprint": "f" * 64}

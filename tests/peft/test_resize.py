@@ -14,7 +14,7 @@ from research.models.registry import build
 from research.peft import adapter, registry, tree
 from research.peft import method as peft
 from research.peft.resize import add_tokens, carry
-from research.quant.int8 import quantise_tree
+from research.quant.tree import quantise_tree
 from tests import tiny
 
 TIED = dataclasses.replace(tiny.DECODER, tie_embeddings=True)
@@ -135,7 +135,7 @@ def test_what_is_refused(tmp_path):
     with pytest.raises(ModelError, match="has 64 tokens, the configuration has 65"):
         add_tokens(params, dataclasses.replace(TIED, vocab_size=65), 1)
     with pytest.raises(ModelError, match="tokens/embedding is quantised"):
-        add_tokens(quantise_tree(params, ".*embedding"), TIED, 1)
+        add_tokens(quantise_tree(params, targets=".*embedding"), TIED, 1)
     with pytest.raises(ModelError, match="no token table"):
         add_tokens({"layers": params["layers"]}, TIED, 1)
     case = tiny.case("lora", "encoder")

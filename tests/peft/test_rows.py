@@ -20,7 +20,7 @@ from research.models.registry import build
 from research.peft import method as peft
 from research.peft import registry, tree
 from research.peft.rows import apply_rows, stack
-from research.quant.int8 import quantise_tree
+from research.quant.tree import quantise_tree
 from research.tasks import classify
 from research.tasks.loss import model_variables
 from tests import tiny

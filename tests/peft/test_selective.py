@@ -20,7 +20,8 @@ from research.peft.diff_pruning import SHUT, Diff, prune
 from research.peft.elements import changes, highest
 from research.peft.far import best
 from research.peft.fishmask import fisher
-from research.quant.int8 import quantise, quantise_tree
+from research.quant.int8 import quantise
+from research.quant.tree import quantise_tree
 from research.tasks.loss import Loss
 from tests import tiny
 from tests.peft.test_counts import count

@@ -5,7 +5,8 @@ import pytest
 
 from research.peft import method as peft
 from research.peft import tree
-from research.quant.int8 import Int8, quantise, quantise_axes, quantise_tree
+from research.quant.int8 import Int8, quantise
+from research.quant.tree import quantise_axes, quantise_tree
 from tests import tiny
 
 
@@ -45,7 +46,7 @@ def test_tree_quantises_the_layers_kernels_and_keeps_the_rest(scan):
         assert isinstance(nodes[path], Int8) if inside else nodes[path] is leaf, path
     dense = sum(x.nbytes for path, x in tree.paths(base).items() if isinstance(nodes[path], Int8))
     assert tree.nbytes(out) < tree.nbytes(base) - 0.7 * dense
-    only = tree.paths(quantise_tree(base, "attn/q/kernel"), is_leaf=lambda x: isinstance(x, Int8))
+    only = tree.paths(quantise_tree(base, targets="attn/q/kernel"), is_leaf=lambda x: isinstance(x, Int8))
     assert [path for path, x in only.items() if isinstance(x, Int8)] == [
         p for p in nodes if p.endswith("attn/q/kernel")
     ]
