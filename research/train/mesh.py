@@ -9,12 +9,13 @@ All four mesh axes always exist, those not named with size 1, so the table holds
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from research.errors import FlagError, did_you_mean
@@ -148,6 +149,42 @@ def shard(values: PyTree, places: PyTree) -> PyTree:
     Always copies: `device_put` may alias its source, which donating the result would then delete.
     """
     return jax.tree.map(lambda x, place: jax.device_put(jnp.copy(x), place), values, places)
+
+
+def place_batch(rows: PyTree, place: NamedSharding) -> PyTree:
+    """One global batch from what each process has read: numpy leaves [M, B / processes, ...] (or [B / processes, ...])
+    become arrays [M, B, ...] in `place`, a `batch_sharding`. No row crosses the network.
+
+    Raises FlagError where the rows can't be shared out over the mesh.
+    """
+    axis = 0 if place.spec and place.spec[0] else 1
+    ways = math.prod(place.mesh.shape[name] for name in place.spec[axis])
+    count = jax.tree.leaves(rows)[0].shape[axis] * jax.process_count()
+    if count % ways:
+        near = max(1, round(count / ways)) * ways
+        raise FlagError(f"a batch of {count} rows is not divided by the mesh's data x fsdp = {ways}. Valid: {near}.")
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, np.asarray(x)), rows)
+
+
+def load(read: PyTree, places: PyTree) -> PyTree:
+    """Puts leaves straight into their shards: each process reads only the slices that its own devices hold.
+
+    `read`: a tree whose leaves can be sliced and have `shape` and `dtype`: numpy arrays (memory-mapped ones too),
+    readers of a file's tensors, or arrays that every process has whole. Holes stay holes.
+    """
+
+    def one(leaf: Any, place: NamedSharding) -> jax.Array:
+        if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(one(jax.random.key_data(leaf), place), impl=jax.random.key_impl(leaf))
+        cut = lambda index: np.asarray(leaf[index], leaf.dtype)  # noqa: E731
+        return jax.make_array_from_callback(tuple(leaf.shape), place, cut)
+
+    return jax.tree.map(one, read, places)
+
+
+def init(make: Callable[..., PyTree], places: PyTree, *args: Any) -> PyTree:
+    """`make(*args)` computed where its results live: no device ever holds a whole leaf."""
+    return jax.jit(make, out_shardings=places)(*args)
 
 
 def _factorisations(names: list[str], count: int, most: int = 6) -> list[str]:

@@ -96,3 +96,40 @@ def test_state_shardings_cover_factored_and_stacked_states():
         places = meshes.state_shardings(AXES, s, mesh)
         assert jax.tree.structure(places) == jax.tree.structure(s)
         assert toy.same(meshes.shard(s, places), s)
+
+
+class Reader:
+    """A tensor in a file: remembers what was read."""
+
+    shape, dtype = (16, 4), np.dtype("float32")
+
+    def __init__(self):
+        self.read = []
+
+    def __getitem__(self, index):
+        self.read.append(index[0].indices(16)[:2])
+        return np.arange(64, dtype=np.float32).reshape(16, 4)[index]
+
+
+def test_a_leaf_is_read_in_slices_and_never_whole():
+    mesh, reader = meshes.make_mesh("fsdp:8"), Reader()
+    places = meshes.shardings({"w": ("embed", None)}, {"w": reader}, mesh)
+    placed = meshes.load({"w": reader}, places)["w"]
+    assert sorted(set(reader.read)) == [(i, i + 2) for i in range(0, 16, 2)]
+    np.testing.assert_array_equal(placed, np.arange(64).reshape(16, 4))
+
+
+def test_parameters_are_made_in_their_shards():
+    place = meshes.shardings(("embed",), jax.ShapeDtypeStruct((16,), jnp.float32), meshes.make_mesh("fsdp:8"))
+    made = meshes.init(lambda n: n * jnp.ones(16), place, 3.0)
+    assert made.sharding == place and made.addressable_shards[0].data.shape == (2,) and float(made[0]) == 3
+
+
+@pytest.mark.parametrize("micro", [True, False])
+def test_a_batch_is_placed_or_refused(micro):
+    mesh = meshes.make_mesh("data:2,fsdp:4")
+    place = meshes.batch_sharding(mesh, micro)
+    rows = np.arange(32).reshape((2, 16) if micro else (32,))
+    np.testing.assert_array_equal(meshes.place_batch({"x": rows}, place)["x"], rows)
+    with pytest.raises(FlagError, match="a batch of 6 rows .* = 8. Valid: 8"):
+        meshes.place_batch({"x": rows[:, :6] if micro else rows[:6]}, place)

@@ -1,0 +1,60 @@
+"""One of two processes: python -m tests.train.workers PORT PROCESS {train,fail}. Prints the losses."""
+
+import os
+import sys
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+
+import jax
+import numpy as np
+
+from research.train import distributed
+from research.train import mesh as meshes
+
+STEPS = 4
+
+
+def train(case, mesh) -> list[float]:
+    """Losses of LoRA on the tiny decoder; every process reads its own rows only."""
+    from research.peft import method as peft
+    from research.train import step as steps
+    from tests import tiny
+
+    state, frozen = case.start()
+    axes = {"params": peft.base(case.model)[1], "peft": peft.init_axes(case.method, case.sites)}
+    places = (
+        meshes.state_shardings(axes, state, mesh),
+        meshes.shardings(axes, frozen, mesh),
+        meshes.batch_sharding(mesh),
+    )
+    losses = []
+    with meshes.use(mesh):
+        shapes = jax.eval_shape(lambda *x: x, state, frozen, tiny.micro(tiny.batch(), 1))
+        compiled = steps.compile(case.stepper(), *shapes, places)
+        state, frozen = meshes.load(state, places[0]), meshes.load(frozen, places[1])
+        count, index = jax.process_count(), jax.process_index()
+        for i in range(STEPS):
+            whole = tiny.micro(jax.tree.map(np.asarray, tiny.batch(seed=i)), 1)
+            rows = {k: np.split(v, count, axis=1)[index] for k, v in whole.items()}
+            state, metrics = compiled(state, frozen, meshes.place_batch(rows, places[2]))
+            losses.append(float(metrics["loss"]))
+    return losses
+
+
+def main(port: str, process: str, what: str) -> None:
+    with distributed.run(distributed.find(f"127.0.0.1:{port}", 2, int(process))) as writes:
+        assert jax.device_count() == 4 and writes == (process == "0")
+        if what == "fail" and process == "1":
+            raise RuntimeError("the disk is full")
+        if what == "fail":
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices("waits for the other")
+        from tests import tiny
+
+        print(*train(tiny.Case("lora", "decoder"), meshes.make_mesh("data:2,fsdp:2")))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

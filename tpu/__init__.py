@@ -1,0 +1,1 @@
+"""TPU slices: scripts that create, use and delete them, and a planner that needs none."""
