@@ -115,6 +115,8 @@ def shapes(model: str) -> tuple[dict, dict]:
     config = preset(name)
     if pooler := [change for change in changes if change.endswith("pooler")]:
         config = dataclasses.replace(config, pooler=pooler == ["pooler"])
+    if config.family == "vit":  # its preset has the paper's head; the rows say when they count one
+        config = dataclasses.replace(config, num_classes=0)
     module = build(config)
     variables = {"params": peft.base(module)[0]}
     for change in set(changes) - set(pooler):

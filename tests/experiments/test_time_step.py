@@ -23,6 +23,7 @@ def test_the_last_line_is_the_time_of_a_step():
     assert 0 < last(outcome.out) < 10 and "lora, 1 seed(s), 2 rows of 8 tokens" in outcome.out
 
 
+@pytest.mark.slow
 def test_several_seeds_are_set_beside_as_many_runs():
     out = run("time_step", *TINY, "--seeds=2", "--peft=ia3").out
     ratio = float(out.splitlines()[-2].split()[-1])
@@ -38,6 +39,7 @@ def python(folder: Path, body: str) -> str:
     return f"--reference_python={path}"
 
 
+@pytest.mark.slow
 def test_the_reference_runs_by_turns(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("research.convert.load.load", lambda name, **options: load("smoke", **options))
     asked = tmp_path / "asked"

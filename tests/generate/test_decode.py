@@ -18,7 +18,8 @@ from research.tasks.loss import model_variables
 from tests import tiny
 
 ROOM = 4
-QUICK = ("lora", "prefix", "prompt", "unipelt", "llama_adapter", "ladder")
+CHAIN = "prefix:length=3+prompt:length=2+lora"
+QUICK = (CHAIN, "llama_adapter", "ladder")
 SPECS = [registry.small(name) for name in registry.names()] + [
     "prefix:length=3+prompt:length=2+lora",
     "ladder:layers=0",
@@ -69,7 +70,8 @@ def forced(spec: str, **changes) -> tuple[np.ndarray, np.ndarray]:
 
 def parameters(specs):
     return [
-        pytest.param(s, id=f"{s}-decoder", marks=[] if s.split(":")[0] in QUICK else pytest.mark.slow) for s in specs
+        pytest.param(s, id=f"{s}-decoder", marks=[] if s.startswith(QUICK) and "layers" not in s else pytest.mark.slow)
+        for s in specs
     ]
 
 
@@ -82,13 +84,13 @@ def test_cached_decoding_is_teacher_forcing(spec):
 
 @pytest.mark.parametrize("changes", [{"scan": False}, {"sliding_window": 3}], ids=str)
 def test_in_other_layouts(changes):
-    full, cached = forced("prefix:length=3+prompt:length=2+lora", **changes)
+    full, cached = forced(CHAIN, **changes)
     np.testing.assert_allclose(cached, full, atol=1e-4, rtol=1e-4)
 
 
 @functools.cache
 def generated(temperature: float, stop: tuple = ()):
-    case = tiny.case("prefix:length=3+prompt:length=2+lora", "decoder")
+    case = tiny.case(CHAIN, "decoder")
     v = peft.realised(case.method, case.point, case.sites)
     run = lambda tokens, mask, rng: generate(  # noqa: E731
         case.model, v, tokens, mask, rng, max_new=6, sampling=Sampling(temperature), stop=stop, pad=0
@@ -99,7 +101,7 @@ def generated(temperature: float, stop: tuple = ()):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.3])
 def test_logprobs_are_those_of_scoring_what_was_generated(temperature):
-    case, out = tiny.case("prefix:length=3+prompt:length=2+lora", "decoder"), generated(temperature)
+    case, out = tiny.case(CHAIN, "decoder"), generated(temperature)
     tokens, mask = prompts()
     whole = {"tokens": np.concatenate([tokens, out.tokens], 1), "mask": np.concatenate([mask, out.mask], 1)}
     logits = case.forward(case.point, whole)[:, tokens.shape[1] - 1 : -1]

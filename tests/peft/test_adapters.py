@@ -191,6 +191,7 @@ def test_disagreement_pulls_each_pass_to_the_other():
     np.testing.assert_allclose(slope, 0.5 * (jax.nn.softmax(z) - jax.nn.softmax(other)), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_adamix_trains_through_its_task():
     case = tiny.case("adamix", "encoder")
     task = case.method.task(classify.loss(case.model))

@@ -340,6 +340,7 @@ def test_largest_marks_exactly_as_many():
     assert not any(np.any(x) for x in largest(scores, 0).values())
 
 
+@pytest.mark.slow
 def test_adalora_trains_to_its_budget_and_stores_no_state():
     case = tiny.case("adalora:rank=2,steps=6,tinit=1,tfinal=2,every=1,targets=attn/.", "decoder")
     state, frozen = case.start(tx=optax.adam(1e-2))

@@ -71,7 +71,11 @@ def sibling(spec: str) -> bool:
     return spec.split(":")[0] in SIBLINGS
 
 
-every = cases(slow=lambda spec, family: spec in OPTIONS or sibling(spec) or not first(spec, family))
+every = cases(
+    slow=lambda spec, family: (
+        spec in OPTIONS or sibling(spec) or (family == "decoder" and not spec.startswith(("lora", CHAIN)))
+    )
+)
 
 
 @functools.cache

@@ -258,6 +258,7 @@ def test_hadamard_and_fastfood():
     assert not np.array_equal(whole, matrix_of(words + 1, jnp.zeros(16)))
 
 
+@pytest.mark.slow
 def test_said_moves_all_kernels_by_one_vector():
     case = tiny.case("said:dim=40", "decoder")
     kernels = 2 * 7

@@ -138,6 +138,7 @@ def _only(mask: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return mask * rows[:, None].astype(mask.dtype)
 
 
+@pytest.mark.slow
 def test_frozen_leaves_that_differ_are_gathered_too():
     case, data, fn = tiny.case("lora", "encoder"), tiny.batch(), forward(tiny.case("lora", "encoder"))
     small, large = ({"params": case.point["params"], "peft": tiny.case(s, "encoder").point["peft"]} for s in _ALPHAS)

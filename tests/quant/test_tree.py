@@ -34,9 +34,9 @@ def test_error_is_its_definition():
 @pytest.mark.parametrize(
     ("spec", "family"),
     [
-        (LORA, "decoder"),
+        pytest.param(LORA, "decoder", marks=pytest.mark.slow),
         pytest.param("dora:targets=all", "decoder", marks=pytest.mark.slow),
-        pytest.param("ia3", "decoder", marks=pytest.mark.slow),
+        ("ia3", "decoder"),
         pytest.param("oft", "decoder", marks=pytest.mark.slow),
         pytest.param("houlsby", "encoder", marks=pytest.mark.slow),
     ],

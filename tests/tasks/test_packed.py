@@ -60,6 +60,7 @@ def test_packed_is_unpacked(spec):
     tiny.close(together, apart, 1e-5)
 
 
+@pytest.mark.slow
 def test_without_segments_documents_see_each_other():
     case = tiny.case("lora", "decoder")
     loss, batch = lm.loss(case.model), packed(documents())
