@@ -11,7 +11,6 @@ token took, on stderr. Differs from `classify --mode=predict`, which labels line
 """
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -30,8 +29,6 @@ from research.generate.decode import Generated, generate
 from research.generate.sampling import Sampling
 from research.peft import adapter as adapters
 from research.peft import method as peft
-
-CACHE = Path("~/.cache/peftree/compiled")
 
 
 def define_flags() -> None:
@@ -56,8 +53,6 @@ def main() -> None:
     names = ("temperature", "top_k", "top_p", "min_p")
     sampling = Sampling(**common.flag_values(*names))
     texts = prompts(values)
-    compiled = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", CACHE)).expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(compiled))
     base = load(values.model, dtype=values.dtype, untie=values.untie)
     if not hasattr(base.model, "unembed"):
         raise ModelError(f"{values.model} is no language model: it has no output projection to the vocabulary.")

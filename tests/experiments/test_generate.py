@@ -2,17 +2,7 @@
 
 import json
 
-import jax
-import pytest
-
 from tests.experiments.script import refused, run
-
-
-@pytest.fixture(autouse=True)
-def compiled(tmp_path, monkeypatch):
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
 
 
 def test_a_text_does_not_depend_on_its_neighbours(tmp_path):
