@@ -5,54 +5,21 @@
     wiki     30 English articles of the llamafactory sdist, by the hash of an article
     PATH     a text file; blank lines divide its documents, by the hash of a document
 
-A Debian package is fetched with `apt-get download` and unpacked with `dpkg-deb`, not installed: no R comes with
-it. Every use checks the digest of the file that is read.
+A Debian package is fetched and unpacked, not installed: no R comes with it.
 """
 
-import hashlib
-import io
 import os
 import re
 import struct
-import subprocess
-import tarfile
-import tempfile
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
-from research.data.assets import cache_dir, fetch
+from research.data.assets import fetch
 from research.data.text import PARTS, split_of
 from research.errors import DataError, did_you_mean
-from research.files import write_bytes
 
 PACKAGED = ("austen", "poems", "wiki")
 HELD_OUT = {"PERSUASION": "validation", "NORTHANGER ABBEY": "test"}  # the two shortest novels
-
-
-@dataclass(frozen=True)
-class DebianFile:
-    """One file of one version of a Debian package, with its sha256."""
-
-    package: str
-    version: str
-    path: str
-    sha256: str
-
-
-AUSTEN = DebianFile(
-    "r-cran-janeaustenr",
-    "1.0.0-1",
-    "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb",
-    "8fb5198960d0da724b1562f96e4221e5c1b41ff455000280b02c55980c3d8f21",
-)
-POEMS = tuple(
-    DebianFile("fortunes-zh", "2.98", f"usr/share/games/fortunes/{name}", sha256)
-    for name, sha256 in {
-        "tang300": "b69cab0cb84c49dc1808d95aea7156c8911a7022ec630e194eecf360b78feff5",
-        "song100": "05a0af125f3572b895e06046c417df0f8f1b8cb9cf0b5115ee9420ae5524683b",
-    }.items()
-)
 
 
 def load(source: str, *, cache: str | os.PathLike | None = None) -> dict[str, tuple[str, ...]]:
@@ -61,10 +28,11 @@ def load(source: str, *, cache: str | os.PathLike | None = None) -> dict[str, tu
     Raises DataError: an unknown source, a package that cannot be fetched, a file that is no text, an empty part.
     """
     if source == "austen":
-        documents = novels(debian_file(AUSTEN, cache))
+        documents = novels((fetch("austen", cache) / "Rdata.rdb").read_bytes())
         placed = [(HELD_OUT.get(text.partition("\n")[0].strip().upper(), "train"), text) for text in documents]
     elif source == "poems":
-        texts = (poem for file in POEMS for poem in fortunes(debian_file(file, cache).decode()))
+        files = (fetch("poems", cache) / name for name in ("tang300", "song100"))
+        texts = (poem for file in files for poem in fortunes(file.read_text("utf-8")))
         placed = [(split_of(text), text) for text in dict.fromkeys(texts)]
     elif source == "wiki":
         lines = (fetch("llamafactory", cache) / "wiki_demo.txt").read_text("utf-8").splitlines()
@@ -119,39 +87,3 @@ def fortunes(text: str) -> list[str]:
     """Returns the entries of a fortune file, without terminal colours."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
     return [entry.strip() for entry in re.split(r"^%\s*$", plain, flags=re.MULTILINE) if entry.strip()]
-
-
-def debian_file(file: DebianFile, cache: str | os.PathLike | None = None) -> bytes:
-    """Returns the content of a packaged file, from the cache or through apt. Raises DataError."""
-    kept = cache_dir(cache) / "assets" / f"{file.package}-{file.version}" / Path(file.path).name
-    if kept.is_file() and _sha256(content := kept.read_bytes()) == file.sha256:
-        return content
-    content = _download(file)
-    found = _sha256(content)
-    if found != file.sha256:
-        raise DataError(f"{file.path} of {file.package} has sha256 {found[:12]}, expected {file.sha256[:12]}: not kept")
-    write_bytes(kept, content)
-    return content
-
-
-def _download(file: DebianFile) -> bytes:
-    by_hand = f"Fetch it on a Debian system, or name a text file instead of the packaged corpus ({', '.join(PACKAGED)})"
-    wanted = f"{file.package}={file.version}"
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            for command in (["apt-get", "download", wanted], ["dpkg-deb", "--fsys-tarfile"]):
-                archives = [str(path) for path in Path(folder).glob("*.deb")]
-                done = subprocess.run([*command, *archives], cwd=folder, capture_output=True, check=True)
-            with tarfile.open(fileobj=io.BytesIO(done.stdout)) as tar:
-                return tar.extractfile(f"./{file.path}").read()
-        except FileNotFoundError as error:
-            raise DataError(f"{wanted} needs {error.filename}, which this system lacks. {by_hand}") from error
-        except subprocess.CalledProcessError as error:
-            said = error.stderr.decode(errors="replace").strip().splitlines() or [f"status {error.returncode}"]
-            raise DataError(f"{error.cmd[0]} could not fetch {wanted}: {said[-1]}. {by_hand}") from error
-        except (KeyError, AttributeError, tarfile.TarError) as error:
-            raise DataError(f"{wanted} does not hold {file.path}: {error}") from error
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

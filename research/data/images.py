@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from research.data import rows
 from research.data.assets import fetch
 from research.data.batches import permutation
 from research.errors import DataError, did_you_mean
@@ -156,14 +157,7 @@ def to_array(image, size: int | None, channels: int) -> np.ndarray:
 
 def _hub(name: str, size: int | None, channels: int) -> tuple[Images, Images]:
     """The first image column and the first class-label column of a `datasets` id."""
-    try:
-        import datasets
-    except ImportError:
-        raise DataError("reading a hub id needs the datasets package: pip install datasets.") from None
-    try:
-        parts = datasets.load_dataset(name)
-    except Exception as error:  # noqa: BLE001  (the library raises many kinds, all of them about this name)
-        raise DataError(f"cannot load {name!r} with datasets: {str(error).partition(chr(10))[0]}") from None
+    parts = rows.hub(name, did_you_mean(name, PACKAGED))
     features = next(iter(parts.values())).features
     column = {
         kind: [key for key, f in features.items() if type(f).__name__ == kind] for kind in ("Image", "ClassLabel")
@@ -172,9 +166,9 @@ def _hub(name: str, size: int | None, channels: int) -> tuple[Images, Images]:
         raise DataError(f"{name}: no image and class-label columns among {', '.join(features)}.")
     image, label = column["Image"][0], column["ClassLabel"][0]
 
-    def part(rows) -> Images:
-        arrays = np.stack([to_array(x, size, channels) for x in rows[image]])
-        return _captioned(arrays, np.asarray(rows[label]), features[label].names)
+    def part(data) -> Images:
+        arrays = np.stack([to_array(x, size, channels) for x in data[image]])
+        return _captioned(arrays, np.asarray(data[label]), features[label].names)
 
     held = next((key for key in ("test", "validation") if key in parts), None)
     train = part(parts["train" if "train" in parts else next(iter(parts))])

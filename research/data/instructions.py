@@ -188,14 +188,4 @@ def _hub(source: str) -> Iterator[tuple[str, object]]:
     near = did_you_mean(source, PACKAGED)
     if "/" not in source or source.partition("/")[0] == "alpaca":  # a slip of the pen: no half minute of retries
         raise DataError(f"unknown conversations {source!r}.{near}")
-    name, _, config = source.partition(":")
-    try:
-        import datasets
-
-        loaded = datasets.load_dataset(name, config or None, split="train")
-    except Exception as error:  # a dozen types, several of them for a missing network alone
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(
-            f"{source!r} is no file, and not readable as a hub data set ({reason}). Packaged ones need no hub.{near}"
-        ) from error
-    yield from ((f"{source}: row {row}", record) for row, record in enumerate(loaded, 1))
+    yield from ((f"{source}: row {row}", record) for row, record in enumerate(rows.hub(source, near, split="train"), 1))

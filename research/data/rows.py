@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from research.errors import DataError, did_you_mean
 
@@ -96,6 +97,21 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 packed = number == 1 and line.startswith((b"\x1f\x8b", b"PK\x03\x04"))
                 reason = "a compressed file" if packed else f"not UTF-8 text (byte {error.start + 1} of the line)"
                 raise DataError(f"{path}:{number}: {reason}") from error
+
+
+def hub(source: str, near: str, **options: Any) -> Any:
+    """What `datasets` has under "name[:config][@revision]". DataError, ending with `near`, where it has nothing."""
+    name, _, revision = source.partition("@")
+    name, _, config = name.partition(":")
+    try:
+        import datasets
+
+        return datasets.load_dataset(name, config or None, revision=revision or None, **options)
+    except Exception as error:  # a dozen types, several of them for a missing network alone
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"{source!r} is no file, and not readable as a hub data set ({reason}). Packaged ones need no hub.{near}"
+        ) from error
 
 
 def json_records(path: Path) -> Iterator[tuple[str, object]]:

@@ -148,18 +148,7 @@ def _hub(source: str, columns: tuple[str, str]) -> tuple[list[str] | None, dict[
     """Reads a hub data set; returns its class names, if its features tell them, and its parts."""
     if difflib.get_close_matches(source, PACKAGED, n=1, cutoff=0.8):  # a slip of the pen: no half minute of retries
         raise DataError(f"unknown data set {source!r}.{did_you_mean(source, PACKAGED)}")
-    name, _, revision = source.partition("@")
-    name, _, config = name.partition(":")
-    try:
-        import datasets
-
-        loaded = datasets.load_dataset(name, config or None, revision=revision or None)
-    except Exception as error:  # a dozen types, several of them for a missing network alone
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(
-            f"{source!r} is no file, and not readable as a hub data set ({reason}). "
-            f"Packaged ones need no hub.{did_you_mean(source, PACKAGED)}"
-        ) from error
+    loaded = rows.hub(source, did_you_mean(source, PACKAGED))
     names, parts = None, {}
     for part in PARTS:
         if part not in loaded:

@@ -1,9 +1,14 @@
+import hashlib
+import io
+import os
 import struct
+import tarfile
 import zlib
 
 import pytest
 
-from research.data import corpus
+from research.data import assets, corpus
+from research.data.pins import Asset
 from research.errors import DataError
 
 
@@ -45,22 +50,47 @@ def test_a_file_is_split_by_document_without_repeats(tmp_path):
         corpus.load("austin")
 
 
+def tool(folder, name, body):
+    (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+    (folder / name).chmod(0o755)
+
+
 def test_a_kept_file_is_checked_and_a_missing_apt_is_named(tmp_path, monkeypatch):
-    content = b"text"
-    file = corpus.DebianFile("some-package", "1", "usr/share/text", corpus._sha256(content))
-    kept = tmp_path / "assets" / "some-package-1" / "text"
-    kept.parent.mkdir(parents=True)
-    kept.write_bytes(content)
-    assert corpus.debian_file(file, tmp_path) == content
+    """A tar stands for the Debian package, and two scripts for the tools."""
+    content, plain = b"text", io.BytesIO()
+    with tarfile.open(fileobj=plain, mode="w") as tar:
+        member = tarfile.TarInfo("./usr/share/text")
+        member.size = len(content)
+        tar.addfile(member, io.BytesIO(content))
+    package = plain.getvalue()
+    digest = lambda x: hashlib.sha256(x).hexdigest()  # noqa: E731
+    asset = Asset(
+        "own", "some-package", "1", "deb", "some-package_1_all.deb", len(package), digest(package), "usr/share",
+        {"text": (4, digest(content))}, "", error=DataError,
+    )  # fmt: skip
+    monkeypatch.setitem(assets.ASSETS, "own", asset)
+    tools, offered, cache = tmp_path / "tools", tmp_path / "offered.deb", tmp_path / "cache"
+    tools.mkdir()
+    path = os.environ["PATH"]
+    monkeypatch.setenv("PATH", str(tools))
+    with pytest.raises(DataError, match="own is a Debian package, and this system has no apt-get"):
+        assets.fetch("own", cache)
+    monkeypatch.setenv("PATH", f"{tools}:{path}")
+    tool(tools, "apt-get", f"cp {offered} {asset.archive}")
+    tool(tools, "dpkg-deb", 'cat "$2"')
+    offered.write_bytes(package[:-1] + b"x")
+    with pytest.raises(DataError, match="expected .* Nothing was kept"):
+        assets.fetch("own", cache)
+    offered.write_bytes(package)
+    kept = assets.fetch("own", cache) / "text"
+    assert kept.read_bytes() == content
     kept.write_bytes(b"texd")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(DataError, match="some-package=1 needs apt-get, which this system lacks"):
-        corpus.debian_file(file, tmp_path)
-    monkeypatch.setattr(corpus, "_download", lambda file: b"altered")
-    with pytest.raises(DataError, match="expected .* not kept"):
-        corpus.debian_file(file, tmp_path)
-    monkeypatch.setattr(corpus, "_download", lambda file: content)
-    assert corpus.debian_file(file, tmp_path) == content == kept.read_bytes()
+    assert (assets.fetch("own", cache) / "text").read_bytes() == content == kept.read_bytes()
+    tool(tools, "apt-get", "echo 'E: no such version'; exit 100")
+    (cache / "downloads" / asset.archive).unlink()
+    kept.unlink()
+    with pytest.raises(DataError, match="apt could not download some-package.*: no such version"):
+        assets.fetch("own", cache)
 
 
 @pytest.mark.assets
