@@ -59,8 +59,10 @@ def start(what: str) -> list[subprocess.Popen]:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "tests.train.workers", str(port)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    where = Path(__file__).parents[2]
-    return [subprocess.Popen([*command, str(i), what], cwd=where, env=dict(os.environ), **pipes) for i in range(2)]
+    where, flags = Path(__file__).parents[2], "--xla_force_host_platform_device_count=2"
+    flags += " --xla_backend_optimization_level=0"
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    return [subprocess.Popen([*command, str(i), what], cwd=where, env=env, **pipes) for i in range(2)]
 
 
 def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:

@@ -1,10 +1,6 @@
 """One of two processes: python -m tests.train.workers PORT PROCESS {train,fail}. Prints the losses."""
 
-import os
 import sys
-
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
 
 import jax
 import numpy as np
