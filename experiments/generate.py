@@ -107,8 +107,7 @@ def adapted(base: Pretrained, directory: str | None, force: bool) -> dict:
     if directory is None:
         return {"params": base.params}
     loaded, sites = adapters.load(directory), peft.sites(base.model)
-    variables = adapters.attach(loaded, base.params, sites, base.fingerprint, force)
-    return peft.realised(loaded.method, {k: x for k, x in variables.items() if k != "head"}, sites)
+    return peft.realised(loaded.method, adapters.attach(loaded, base.params, sites, base.fingerprint, force), sites)
 
 
 def encode(base: Pretrained, texts: list[str], chat: bool, max_new: int) -> tuple[jax.Array, jax.Array]:

@@ -27,6 +27,18 @@ parse() {
   if [[ -n $project ]]; then where+=("--project=$project"); fi
 }
 
+# Reads the flags before "--" into `own` and the command after it into `command`.
+split() {
+  own=()
+  while (($#)) && [[ $1 != -- ]]; do
+    own+=("$1")
+    shift
+  done
+  (($# > 1)) || fail "no command: give it after --, as in tpu/${0##*/} --name=run1 -- python -m experiments.classify"
+  # shellcheck disable=SC2034  # the caller reads it
+  command=("${@:2}")
+}
+
 # Prints a command so that a shell would read it back, and runs it unless --dry_run.
 run() {
   printf '+'

@@ -7,18 +7,13 @@ set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=tpu/common.sh
 source "$here/common.sh"
-own=()
-while (($#)) && [[ $1 != -- ]]; do
-  own+=("$1")
-  shift
-done
-(($# > 1)) || fail "no command: give it after --"
+split "$@"
 parse "${own[@]}"
 common=("--name=$name" "${where[@]}")
 if $dry_run; then
   "$here/create.sh" "${own[@]}"
   "$here/setup.sh" "${common[@]}" --dry_run
-  "$here/run.sh" "${common[@]}" --dry_run "$@"
+  "$here/run.sh" "${common[@]}" --dry_run -- "${command[@]}"
   echo "# and if the slice was preempted, again from the start after:"
   "$here/delete.sh" "${common[@]}" --dry_run
   exit
@@ -30,7 +25,7 @@ while true; do
     "$here/setup.sh" "${common[@]}"
   fi
   status=0
-  "$here/run.sh" "${common[@]}" "$@" || status=$?
+  "$here/run.sh" "${common[@]}" -- "${command[@]}" || status=$?
   if ((status == 0)); then exit 0; fi
   sleep 60 # a preemption shows in the state a little later than in ssh
   if [[ $(state) == ACTIVE ]]; then

@@ -4,15 +4,9 @@
 set -euo pipefail
 # shellcheck source=tpu/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-own=()
-while (($#)) && [[ $1 != -- ]]; do
-  own+=("$1")
-  shift
-done
-(($# > 1)) || fail "no command: give it after --, as in tpu/run.sh --name=run1 -- python -m experiments.classify"
-shift
+split "$@"
 parse "${own[@]}"
 if ((${#rest[@]})); then fail "unknown argument ${rest[0]}. Valid: --name= --zone= --project= --dry_run, then -- command"; fi
-printf -v command ' %q' "$@"
+printf -v words ' %q' "${command[@]}"
 # The log stays on each worker too, so that tpu/logs.sh can show it when this terminal has gone.
-on_workers all "set -o pipefail; source venv/bin/activate && cd peftree && $command 2>&1 | tee -a ~/peftree.log"
+on_workers all "set -o pipefail; source venv/bin/activate && cd peftree && $words 2>&1 | tee -a ~/peftree.log"

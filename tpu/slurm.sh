@@ -6,13 +6,7 @@
 set -euo pipefail
 # shellcheck source=tpu/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-own=()
-while (($#)) && [[ $1 != -- ]]; do
-  own+=("$1")
-  shift
-done
-(($# > 1)) || fail "no command: give it after --"
-shift
+split "$@"
 parse "${own[@]}"
 nodes=1 gpus=8 limit=24:00:00 partition=()
 for argument in "${rest[@]}"; do
@@ -24,7 +18,7 @@ for argument in "${rest[@]}"; do
     *) fail "unknown argument $argument. Valid: --name= --nodes= --gpus= --time= --partition= --dry_run" ;;
   esac
 done
-printf -v command ' %q' "$@"
+printf -v words ' %q' "${command[@]}"
 run sbatch "--job-name=$name" "--nodes=$nodes" --ntasks-per-node=1 "--gpus-per-node=$gpus" "--time=$limit" \
   "${partition[@]}" --requeue --signal=TERM@120 --open-mode=append "--output=$name-%j.log" \
-  "--wrap=srun --kill-on-bad-exit=1$command"
+  "--wrap=srun --kill-on-bad-exit=1$words"

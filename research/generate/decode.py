@@ -18,6 +18,7 @@ import numpy as np
 from research.errors import DataError, FlagError
 from research.generate import cache as caches
 from research.generate.sampling import GREEDY, Sampling
+from research.tasks.loss import cross_entropy
 
 PyTree = Any
 
@@ -66,7 +67,7 @@ def generate(
         i: jax.Array, logits: jax.Array, done: jax.Array, out: Generated
     ) -> tuple[jax.Array, jax.Array, Generated]:
         token = sampling.draw(jax.vmap(lambda k: jax.random.fold_in(k, i))(keys), logits)
-        logprob = jnp.take_along_axis(jax.nn.log_softmax(logits.astype(jnp.float32)), token[:, None], axis=-1)[:, 0]
+        logprob = -cross_entropy(logits, token)
         token = jnp.where(done, pad, token)
         new = Generated(token, (~done).astype(jnp.int32), jnp.where(done, 0.0, logprob))
         out = jax.tree.map(lambda x, y: x.at[:, i].set(y), out, new)

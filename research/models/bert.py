@@ -18,11 +18,10 @@ from research.nn.attention import Attention
 from research.nn.embed import Embed
 from research.nn.layers import apply_layers
 from research.nn.linear import Linear
+from research.nn.mlp import Mlp
 from research.nn.norm import LayerNorm
 from research.nn.param import dropout, training_rng
 from research.nn.sites import Outputs, Prompt, Residual
-
-ACTIVATIONS = {"gelu": lambda x: jax.nn.gelu(x, approximate=False), "gelu_tanh": jax.nn.gelu, "relu": jax.nn.relu}
 
 
 @dataclass(frozen=True)
@@ -96,19 +95,6 @@ class Embeddings(nn.Module):
         return dropout(x, c.dropout, training_rng(self)), mask
 
 
-class Mlp(nn.Module):
-    """Linear, activation, linear."""
-
-    config: BertConfig
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        c = self.config
-        t = {"dtype": c.dtype, "param_dtype": c.param_dtype}
-        h = ACTIVATIONS[c.activation](Linear(c.intermediate_size, ("embed", "mlp"), name="up", **t)(x))
-        return Linear(c.hidden_size, ("mlp", "embed"), name="down", **t)(h)
-
-
 class Block(nn.Module):
     """x = norm(x + attention(x)); x = norm(x + mlp(x))."""
 
@@ -122,10 +108,11 @@ class Block(nn.Module):
             dropout=c.attention_dropout, dtype=c.dtype, param_dtype=c.param_dtype, name="attn",
         )  # fmt: skip
         attn_norm = LayerNorm(c.norm_eps, param_dtype=c.param_dtype, name="attn_norm")
+        mlp = Mlp(c.intermediate_size, c.activation, 0.0, c.dtype, c.param_dtype, name="mlp")
         mlp_norm = LayerNorm(c.norm_eps, param_dtype=c.param_dtype, name="mlp_norm")
         y = dropout(attn(x, mask), c.dropout, training_rng(self))
         x = attn_norm(x + Residual(name="attn_residual")(x, x, y, attn_norm))
-        y = dropout(Mlp(c, name="mlp")(x), c.dropout, training_rng(self))
+        y = dropout(mlp(x), c.dropout, training_rng(self))
         x = mlp_norm(x + Residual(name="mlp_residual")(x, x, y, mlp_norm))
         return nn.with_logical_constraint(x, ("batch", "length", None))
 

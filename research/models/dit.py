@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from research.nn.attention import Attention
 from research.nn.layers import apply_layers
 from research.nn.linear import Linear
+from research.nn.mlp import Mlp
 from research.nn.patches import Patches, fold, sincos
 from research.nn.sites import Outputs, Prompt, Residual
 from research.nn.time import Condition
@@ -74,19 +75,9 @@ def norm(x: jax.Array) -> jax.Array:
     return jax.nn.standardize(x.astype(jnp.float32), epsilon=1e-6).astype(x.dtype)
 
 
-class Mlp(nn.Module):
-    """Linear, GELU by tanh, linear."""
-
-    hidden: int
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, T, D] -> [B, T, D]."""
-        t = {"dtype": self.dtype, "param_dtype": self.param_dtype, "init_std": (2 / (x.shape[-1] + self.hidden)) ** 0.5}
-        h = jax.nn.gelu(Linear(self.hidden, ("embed", "mlp"), name="up", **t)(x))
-        return Linear(x.shape[-1], ("mlp", "embed"), name="down", **t)(h)
+def mlp(width: int, hidden: int, **types: str) -> Mlp:
+    """GELU by tanh; the kernels start with the variance of Glorot's rule."""
+    return Mlp(hidden, "gelu_tanh", init_std=(2 / (width + hidden)) ** 0.5, name="mlp", **types)
 
 
 class Embeddings(nn.Module):
@@ -124,7 +115,7 @@ class Block(nn.Module):
         x += Residual(name="attn_residual")(x, h, gate * attn(h, mask))
         shift, scale, gate = parts[3:]
         h = norm(x) * (1 + scale) + shift
-        x += Residual(name="mlp_residual")(x, h, gate * Mlp(c.intermediate_size, name="mlp", **t)(h))
+        x += Residual(name="mlp_residual")(x, h, gate * mlp(c.hidden_size, c.intermediate_size, **t)(h))
         return nn.with_logical_constraint(x, ("batch", "length", None))
 
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from research.errors import ModelError
-from research.models.dit import Mlp
+from research.models.dit import mlp
 from research.nn.attention import Attention
 from research.nn.conv import Conv, GroupNorm, upsample
 from research.nn.layers import REMAT
@@ -73,7 +73,7 @@ class SpatialAttention(nn.Module):
         t = {"dtype": c.dtype, "param_dtype": c.param_dtype}
         heads = max(1, shape[-1] // c.head_dim)
         attn = Attention(heads, heads, shape[-1] // heads, qkv_bias=True, out_bias=True, name="attn", **t)
-        mlp = Mlp(4 * shape[-1], name="mlp", **t)
+        feed_forward = mlp(shape[-1], 4 * shape[-1], **t)
 
         def tokens(x: jax.Array) -> jax.Array:
             return x.reshape(shape[0], -1, shape[-1])
@@ -82,7 +82,7 @@ class SpatialAttention(nn.Module):
         y = attn(h, jnp.ones((1, 1, h.shape[1]), bool))
         x += Residual(name="attn_residual")(tokens(x), h, y).reshape(shape)
         h = tokens(GroupNorm(c.groups, param_dtype=c.param_dtype, name="mlp_norm")(x))
-        return x + Residual(name="mlp_residual")(tokens(x), h, mlp(h)).reshape(shape)
+        return x + Residual(name="mlp_residual")(tokens(x), h, feed_forward(h)).reshape(shape)
 
 
 class Block(nn.Module):

@@ -20,17 +20,16 @@ import jax
 import jax.numpy as jnp
 
 from research.errors import ModelError
-from research.models.bert import ACTIVATIONS as BERT_ACTIVATIONS
 from research.nn.attention import Attention, attend
 from research.nn.embed import Embed
 from research.nn.layers import apply_layers
 from research.nn.linear import Linear
+from research.nn.mlp import Mlp
 from research.nn.norm import LayerNorm
 from research.nn.param import dropout, get_param, training_rng
-from research.nn.patches import unfold
+from research.nn.patches import divides, unfold
 from research.nn.sites import Outputs, Prompt, Residual
 
-ACTIVATIONS = BERT_ACTIVATIONS | {"quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x)}
 POOLINGS = ("token", "gap", "map")
 
 
@@ -69,11 +68,7 @@ class VitConfig:
     @property
     def patches(self) -> int:
         """How many patches an image has. ModelError where the patch does not divide it."""
-        if self.patch < 1 or self.image_size % self.patch:
-            valid = [p for p in range(1, self.image_size + 1) if self.image_size % p == 0]
-            raise ModelError(
-                f"patch {self.patch} does not divide image size {self.image_size}. Valid: {', '.join(map(str, valid))}."
-            )
+        divides(self.patch, self.image_size, self.image_size)
         return (self.image_size // self.patch) ** 2
 
 
@@ -119,17 +114,9 @@ class Embeddings(nn.Module):
         return (LayerNorm(c.norm_eps, param_dtype=c.param_dtype, name="norm")(x) if c.pre_norm else x), mask
 
 
-class Mlp(nn.Module):
-    """Linear, activation, linear."""
-
-    config: VitConfig
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        c = self.config
-        t = {"dtype": c.dtype, "param_dtype": c.param_dtype}
-        h = ACTIVATIONS[c.activation](Linear(c.intermediate_size, ("embed", "mlp"), name="up", **t)(x))
-        return Linear(c.hidden_size, ("mlp", "embed"), name="down", **t)(dropout(h, c.dropout, training_rng(self)))
+def mlp_of(c: VitConfig) -> Mlp:
+    """The feed-forward of a block, and of the pooling by attention."""
+    return Mlp(c.intermediate_size, c.activation, c.dropout, c.dtype, c.param_dtype, name="mlp")
 
 
 class Block(nn.Module):
@@ -149,7 +136,7 @@ class Block(nn.Module):
         y = dropout(attn(h, mask, norm=attn_norm), c.dropout, training_rng(self))
         x += drop_path(Residual(name="attn_residual")(x, h, y), c.drop_path, training_rng(self))
         h = LayerNorm(c.norm_eps, param_dtype=c.param_dtype, name="mlp_norm")(x)
-        y = dropout(Mlp(c, name="mlp")(h), c.dropout, training_rng(self))
+        y = dropout(mlp_of(c)(h), c.dropout, training_rng(self))
         x += drop_path(Residual(name="mlp_residual")(x, h, y), c.drop_path, training_rng(self))
         return nn.with_logical_constraint(x, ("batch", "length", None))
 
@@ -182,7 +169,7 @@ class Map(nn.Module):
         y = attend(q, k, v, jnp.ones((x.shape[0], 1, x.shape[1]), bool))
         y = Linear(c.hidden_size, ("heads", "embed"), name="o", **t)(y)
         h = LayerNorm(c.norm_eps, param_dtype=c.param_dtype, name="norm")(y)
-        return (y + Mlp(c, name="mlp")(h))[:, 0]
+        return (y + mlp_of(c)(h))[:, 0]
 
 
 class Vit(nn.Module):

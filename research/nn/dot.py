@@ -119,16 +119,14 @@ def _low_rank_dot(x: jax.Array, w: Any, a: jax.Array, b: jax.Array) -> jax.Array
 
 def _low_rank_fwd(x: Any, w: Any, a: Any, b: Any) -> tuple[jax.Array, tuple]:
     # With symbolic zeros every leaf says whether it is differentiated: the frozen kernel is not, a trained one is.
-    perturbed = any(leaf.perturbed for leaf in jax.tree.leaves(w, is_leaf=_is_primal))
-    x, w, a, b = (jax.tree.map(lambda p: p.value, t, is_leaf=_is_primal) for t in (x, w, a, b))
+    perturbed = any(leaf.perturbed for leaf in jax.tree.leaves(w, is_leaf=is_primal))
+    x, w, a, b = (jax.tree.map(lambda p: p.value, t, is_leaf=is_primal) for t in (x, w, a, b))
     return _forward(x, w, a, b), (x, w, a, b, () if perturbed else None)
 
 
 def _low_rank_bwd(residuals: tuple, dy: Any) -> tuple:
     x, w, a, b, perturbed = residuals
-    if isinstance(dy, SymbolicZero):
-        dy = jnp.zeros(dy.shape, dy.dtype)
-    dy = jax.lax.optimization_barrier(dy)
+    dy = jax.lax.optimization_barrier(cotangent(dy))
     kernel = dense(w, x.dtype)
     dy_b = dy @ b.T
     dx = dy @ (kernel + a @ b).T if _folds(x.shape[0], kernel) else dy @ kernel.T + dy_b @ a.T
@@ -136,8 +134,14 @@ def _low_rank_bwd(residuals: tuple, dy: Any) -> tuple:
     return dx, dw, x.T @ dy_b, (x @ a).T @ dy
 
 
-def _is_primal(leaf: Any) -> bool:
+def is_primal(leaf: Any) -> bool:
+    """Whether a leaf is an argument of a forward rule with symbolic zeros, which says if it is differentiated."""
     return hasattr(leaf, "perturbed")
+
+
+def cotangent(dy: Any) -> jax.Array:
+    """What a backward rule with symbolic zeros is given, as an array."""
+    return jnp.zeros(dy.shape, dy.dtype) if isinstance(dy, SymbolicZero) else dy
 
 
 _low_rank_dot.defvjp(_low_rank_fwd, _low_rank_bwd, symbolic_zeros=True)

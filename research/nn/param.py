@@ -19,9 +19,14 @@ def get_param(
     return module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(dtype))
 
 
+def is_quantised(x: Any) -> bool:
+    """Whether a leaf stands for an array that it has to be made into."""
+    return hasattr(x, "dequantise")
+
+
 def dense(w: Any, dtype: jnp.dtype) -> jax.Array:
     """The kernel as an array: quantised nodes know how to become one."""
-    return w.dequantise(dtype) if hasattr(w, "dequantise") else w.astype(dtype)
+    return w.dequantise(dtype) if is_quantised(w) else w.astype(dtype)
 
 
 def training_rng(module: nn.Module) -> jax.Array | None:

@@ -12,17 +12,21 @@ from research.nn.linear import Linear
 from research.nn.time import frequencies
 
 
+def divides(patch: int, height: int, width: int) -> None:
+    """ModelError where the patch does not divide height and width; it names those that do."""
+    if patch < 1 or height % patch or width % patch:
+        valid = [p for p in range(1, min(height, width) + 1) if height % p == 0 and width % p == 0]
+        size = height if height == width else f"{height}x{width}"
+        raise ModelError(f"patch {patch} does not divide image size {size}. Valid: {', '.join(map(str, valid))}.")
+
+
 def unfold(images: jax.Array, patch: int) -> jax.Array:
     """images [B, H, W, C] -> [B, N, P*P*C]: patches row by row, and pixels row by row with channels last in each.
 
     ModelError where the patch does not divide height and width.
     """
     batch, height, width, channels = images.shape
-    if patch < 1 or height % patch or width % patch:
-        valid = [p for p in range(1, min(height, width) + 1) if height % p == 0 and width % p == 0]
-        raise ModelError(
-            f"patch {patch} does not divide the image size {height}x{width}. Valid: {', '.join(map(str, valid))}."
-        )
+    divides(patch, height, width)
     x = images.reshape(batch, height // patch, patch, width // patch, patch, channels)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, patch * patch * channels)
 

@@ -213,23 +213,19 @@ class KeysValues(nn.Module):
         for those, or None. With a cache of N tokens the mask is [B, T, N + S], and their keys come back too.
         """
         record(self, "attention", k.shape[-2:], ("kv_heads", None))
-        past = recall(self, "keys"), recall(self, "values")
         virtual = [more for node in nodes(self) if (more := node.keys_values(x, project)) is not None]
-        if past[0] is not None:  # the virtual keys are in front of the cache already
-            remember(self, "keys", k)
-            remember(self, "values", v)
-            k, v = (
-                jnp.concatenate([old, new.astype(old.dtype)], axis=1) for old, new in zip(past, (k, v), strict=True)
-            )
+        keys, values = recall(self, "keys"), recall(self, "values")
+        if keys is None:  # else the virtual ones are in front of the cache already
+            for more in virtual:
+                k, v = (jnp.concatenate([_rows(new, old), old], axis=1) for new, old in ((more.k, k), (more.v, v)))
+        remember(self, "keys", k)
+        remember(self, "values", v)
+        if keys is not None:
+            k, v = (jnp.concatenate([old, new.astype(old.dtype)], axis=1) for old, new in ((keys, k), (values, v)))
         gates = []
         for more in virtual:
-            if past[0] is None:
-                k, v = (jnp.concatenate([_rows(new, old), old], axis=1) for new, old in ((more.k, k), (more.v, v)))
             mask = jnp.concatenate([jnp.broadcast_to(more.on, (*mask.shape[:2], more.on.shape[0])), mask], axis=-1)
             gates.insert(0, (more.gate, more.on.shape[0]))
-        if past[0] is None:
-            remember(self, "keys", k)
-            remember(self, "values", v)
         if all(gate is None for gate, _ in gates):
             return k, v, mask, None
         full = lambda gate, size: jnp.broadcast_to(1.0 if gate is None else gate[..., None], (*x.shape[:2], size))  # noqa: E731

@@ -14,11 +14,8 @@ from collections.abc import Callable
 
 import jax
 
-from research.errors import FlagError
-from research.nn.sites import Site
-from research.peft.houlsby import bottleneck
-from research.peft.method import Card, Method, PyTree, Sites, constant, leaf, place, select, uniform, zeros
-from research.peft.parallel import Parallel
+from research.peft.method import Card, Method
+from research.peft.parallel import Parallel, beside
 
 CARD = Card(paper="2205.13535", kind="additive")
 
@@ -42,15 +39,4 @@ def adaptformer(width: int = 64, scale: float = 0.1, activation: str = "relu", t
         targets: pattern of residual sites.
     Raises FlagError for a value out of range and a pattern without a match.
     """
-    if scale == 0:
-        raise FlagError("scale=0.0 would switch the adapter off: choose another value, such as 0.1.")
-    kaiming = lambda rng, shape: uniform(shape[-2] ** -0.5)(rng, shape)  # noqa: E731
-    inner = bottleneck(width, activation, False, kaiming, zeros)
-
-    def node(site: Site, rng: jax.Array) -> Beside:
-        return Beside(inner(site, rng), leaf(site, rng, constant(scale), ()))
-
-    def init(rng: jax.Array, sites: Sites) -> PyTree:
-        return place(select(sites, "residual", targets), "adaptformer", rng, node)
-
-    return Method(init)
+    return beside(Beside, "adaptformer", width, scale, 0.1, activation, targets)

@@ -67,11 +67,6 @@ class Ladder(OutputNode):
     heads: int = struct.field(pytree_node=False)
     trained: ClassVar[tuple[str, ...]] = (*RUNGS, *ENDS)
 
-    def outputs(
-        self, x: jax.Array, layers: jax.Array, embedded: jax.Array, mask: jax.Array, rng: jax.Array | None
-    ) -> jax.Array:
-        return self.outputs_after(x, layers, embedded, mask, rng, {})[0]
-
     def outputs_after(
         self,
         x: jax.Array,

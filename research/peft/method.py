@@ -22,6 +22,7 @@ import numpy as np
 
 from research.errors import FlagError, did_you_mean
 from research.nn.on import On
+from research.nn.param import is_quantised
 from research.nn.sites import Node, Site
 from research.peft import tree
 
@@ -178,14 +179,13 @@ def base_leaves(pattern: str, variables: Variables) -> PyTree:
     matches = matcher(pattern)
 
     def chosen(path: str, leaf: Any) -> Any:
-        if hasattr(leaf, "dequantise") and matches(path):
+        if is_quantised(leaf) and matches(path):
             raise FlagError(
                 f"{path} is quantised and can't train: load the base unquantised, or add parameters instead."
             )
-        return tree.constant(leaf, False) if hasattr(leaf, "dequantise") else matches(path)
+        return tree.constant(leaf, False) if is_quantised(leaf) else matches(path)
 
-    quantised = lambda x: hasattr(x, "dequantise")  # noqa: E731
-    return frozen(variables) | {"params": tree.map_with_path(chosen, variables["params"], is_leaf=quantised)}
+    return frozen(variables) | {"params": tree.map_with_path(chosen, variables["params"], is_leaf=is_quantised)}
 
 
 def either(*masks: PyTree) -> PyTree:

@@ -61,16 +61,23 @@ def parallel(
         targets: pattern of residual sites; "(attn|mlp)_residual" has one beside the attention too.
     Raises FlagError for a value out of range and a pattern without a match.
     """
+    kind = LearntParallel if learn_scale else Parallel
+    return beside(kind, "parallel", width, scale, 4.0, activation, targets)
+
+
+def beside(
+    kind: type[Parallel], name: str, width: int, scale: float, usual: float, activation: str, targets: str
+) -> Method:
+    """Nodes of a `kind` at residual sites; `usual` is the scale that the error for 0 suggests."""
     if scale == 0:
-        raise FlagError("scale=0.0 would switch the adapter off: choose another value, such as 4.")
+        raise FlagError(f"scale=0.0 would switch the adapter off: choose another value, such as {usual:g}.")
     kaiming = lambda rng, shape: uniform(shape[-2] ** -0.5)(rng, shape)  # noqa: E731
     inner = bottleneck(width, activation, False, kaiming, zeros)
-    kind = LearntParallel if learn_scale else Parallel
 
     def node(site: Site, rng: jax.Array) -> Parallel:
         return kind(inner(site, rng), leaf(site, rng, constant(scale), ()))
 
     def init(rng: jax.Array, sites: Sites) -> PyTree:
-        return place(select(sites, "residual", targets), "parallel", rng, node)
+        return place(select(sites, "residual", targets), name, rng, node)
 
     return Method(init)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.errors import FlagError, did_you_mean
-from research.nn.param import dense
+from research.nn.param import dense, is_quantised
 from research.nn.sites import EmbedNode, Site
 from research.peft import tree
 from research.peft.method import (
@@ -134,7 +134,7 @@ def realised(variables: Variables, sites: Sites, name: str) -> Variables:
 
 def token_table(params: PyTree, site: str) -> jax.Array:
     """The token table [V, D] that is nearest to an embed site."""
-    leaves = tree.paths(params, is_leaf=lambda x: hasattr(x, "dequantise"))
+    leaves = tree.paths(params, is_leaf=is_quantised)
     tables = {path: table for path, table in leaves.items() if f"/{path}".endswith("/tokens/embedding")}
     if not tables:
         raise FlagError("this model has no token table to start a prompt from. Valid: start=random.")

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.errors import ModelError
+from research.nn.param import is_quantised
 from research.peft import partial, tree
 from research.peft.adapter import Adapter
 from research.peft.method import PyTree, at_least, fold
@@ -47,14 +48,14 @@ def add_tokens(params: PyTree, config: Any, n: int, rng: jax.Array | None = None
     def more(path: str, leaf: Any) -> Any:
         if (axis := _axis(path)) is None:
             return leaf
-        if hasattr(leaf, "dequantise"):
+        if is_quantised(leaf):
             raise ModelError(f"{path} is quantised: add the tokens to the unquantised base.")
         if leaf.shape[axis] != vocabulary:
             raise ModelError(f"{path} has {leaf.shape[axis]} tokens, the configuration has {vocabulary}.")
         found.append(path)
         return grown(leaf, axis, n, None if rng is None else fold(rng, path))
 
-    params = tree.map_with_path(more, params, is_leaf=lambda x: hasattr(x, "dequantise"))
+    params = tree.map_with_path(more, params, is_leaf=is_quantised)
     if not any(path.endswith("tokens/embedding") for path in found):
         raise ModelError("this base has no token table (tokens/embedding) to add tokens to.")
     return params, dataclasses.replace(config, vocab_size=vocabulary + n)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from research.errors import FlagError, did_you_mean
-from research.nn.param import dense
+from research.nn.param import dense, is_quantised
 from research.peft.method import matcher
 from research.peft.tree import map_with_path, paths
 from research.quant import int8, nf4
@@ -61,11 +61,6 @@ def error(w: Any, other: Any) -> Error:
     w, other = dense(w, jnp.float32), dense(other, jnp.float32)
     norm = jnp.linalg.norm(w.ravel())
     return Error(jnp.max(jnp.abs(other - w)), jnp.linalg.norm((other - w).ravel()) / jnp.where(norm == 0, 1.0, norm))
-
-
-def is_quantised(leaf: Any) -> bool:
-    """Whether the leaf is a quantised node."""
-    return hasattr(leaf, "dequantise")
 
 
 def _kind(name: str) -> Any:

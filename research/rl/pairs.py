@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from research.rl.rewards import best_of
+
 
 def bradley_terry(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """P(first beats second) = 1 / (1 + exp(second - first)), [...] from scores [...]."""
@@ -10,9 +12,9 @@ def bradley_terry(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def best_and_worst(rewards: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """[P, G] -> best [P], worst [P] (indices within the group), and whether they differ [P]; NaN is never picked."""
-    high = np.where(np.isnan(rewards), -np.inf, rewards)
-    low = np.where(np.isnan(rewards), np.inf, rewards)
-    return high.argmax(axis=1), low.argmin(axis=1), high.max(axis=1) > low.min(axis=1)
+    best, worst = best_of(rewards), best_of(-rewards)
+    high, low = (np.take_along_axis(rewards, i[:, None], axis=1)[:, 0] for i in (best, worst))
+    return best, worst, high > low
 
 
 def rotate(rows: int) -> np.ndarray:

@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 
-from research.nn.dot import dot
+from research.nn.dot import cotangent, dot, is_primal
 from research.peft import tree
 
 PyTree = Any
@@ -124,10 +123,10 @@ def _rows(fn: Callable, unembed: Unembed, head: PyTree, x: jax.Array, labels: ja
 
 def _rows_fwd(fn: Callable, unembed: Unembed, head: Any, x: Any, labels: Any, rngs: Any) -> tuple:
     trained, frozen = (
-        jax.tree.map(lambda p, keep=keep: p.value if p.perturbed == keep else None, head, is_leaf=_is_primal)
+        jax.tree.map(lambda p, keep=keep: p.value if p.perturbed == keep else None, head, is_leaf=is_primal)
         for keep in (True, False)
     )
-    x, labels, rngs = (jax.tree.map(lambda p: p.value, t, is_leaf=_is_primal) for t in (x, labels, rngs))
+    x, labels, rngs = (jax.tree.map(lambda p: p.value, t, is_leaf=is_primal) for t in (x, labels, rngs))
     if jax.tree.leaves(trained):
         out = _rows(fn, unembed, tree.combine(trained, frozen), x, labels, rngs)
         return out, (trained, frozen, x, labels, rngs, None)
@@ -143,9 +142,7 @@ def _rows_fwd(fn: Callable, unembed: Unembed, head: Any, x: Any, labels: Any, rn
 
 def _rows_bwd(fn: Callable, unembed: Unembed, residuals: tuple, cotangents: tuple) -> tuple:
     trained, frozen, x, labels, rngs, slope = residuals
-    dy = cotangents[0]
-    if isinstance(dy, SymbolicZero):
-        dy = jnp.zeros(dy.shape, dy.dtype)
+    dy = cotangent(cotangents[0])
     if slope is not None:
         return None, (dy[..., None] * slope).astype(slope.dtype), None, None
 
@@ -157,10 +154,6 @@ def _rows_bwd(fn: Callable, unembed: Unembed, residuals: tuple, cotangents: tupl
 
     dhead, dx = jax.lax.scan(one, jax.tree.map(jnp.zeros_like, trained), (x, labels, rngs, dy))
     return dhead, dx, None, None
-
-
-def _is_primal(leaf: Any) -> bool:
-    return hasattr(leaf, "perturbed")
 
 
 _rows.defvjp(_rows_fwd, _rows_bwd, symbolic_zeros=True)

@@ -11,6 +11,7 @@ import pytest
 from research.errors import ModelError
 from research.models import stack, vit
 from research.models.registry import build, preset
+from research.nn.mlp import ACTIVATIONS
 from research.nn.param import dropout
 from research.peft import method as peft
 from research.peft import registry, tree
@@ -55,7 +56,7 @@ def test_options_of_clips_tower():
         tree.count(params(dataclasses.replace(TINY, **x))) for x in ({}, {"pre_norm": True, "patch_bias": False})
     )
     assert clip == plain + 2 * 32 - 32
-    np.testing.assert_allclose(vit.ACTIVATIONS["quick_gelu"](jnp.float32(2.0)), 2 / (1 + np.exp(-3.404)), rtol=1e-6)
+    np.testing.assert_allclose(ACTIVATIONS["quick_gelu"](jnp.float32(2.0)), 2 / (1 + np.exp(-3.404)), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("spec", "count"), [
