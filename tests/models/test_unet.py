@@ -33,6 +33,7 @@ def compiled(**changes):
     return functools.partial(jax.jit(build(dataclasses.replace(TINY, **changes)).apply), {"params": params()})
 
 
+@pytest.mark.slow
 def test_zeros_at_first():
     model = build(TINY)
     y = jax.jit(lambda rng: model.apply({"params": model.init(rng, *ARGS)["params"]}, *ARGS))(jax.random.key(0))
@@ -51,6 +52,7 @@ def test_presets_give_back_the_size_and_have_sites_in_attention_and_time_only(na
     )
 
 
+@pytest.mark.slow
 def test_time_class_and_text_change_the_output():
     run, (x, t, labels, text) = compiled(), ARGS
     base = np.asarray(run(*ARGS))

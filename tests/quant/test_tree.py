@@ -36,7 +36,7 @@ def test_error_is_its_definition():
     [
         pytest.param(LORA, "decoder", marks=pytest.mark.slow),
         pytest.param("dora:targets=all", "decoder", marks=pytest.mark.slow),
-        ("ia3", "decoder"),
+        pytest.param("ia3", "decoder", marks=pytest.mark.slow),
         pytest.param("oft", "decoder", marks=pytest.mark.slow),
         pytest.param("houlsby", "encoder", marks=pytest.mark.slow),
     ],
@@ -60,7 +60,7 @@ def test_a_step_on_an_nf4_base_is_one_on_the_dequantised(spec, family):
     assert results[0][1][0] != results[0][1][2]
 
 
-@pytest.mark.parametrize("kind, most", [("int8", 0.02), ("nf4", 0.13)])
+@pytest.mark.parametrize("kind, most", [("int8", 0.02), pytest.param("nf4", 0.13, marks=pytest.mark.slow)])
 def test_merging_gives_a_float_kernel_with_the_quantisations_own_error(kind, most):
     case = tiny.case(LORA, "decoder")
     params = case.point["params"]
