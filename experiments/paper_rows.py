@@ -30,7 +30,7 @@ def _attention(width: int, layers: int) -> dict[str, Site]:
 
 
 SITES = {"deberta-v2-xxlarge": _attention(1536, 48)}
-LATER = ("gpt2", "gpt3", "t5", "dit", "vit")  # families whose rows wait for their presets
+LATER = ("t5", "dit", "vit")  # families whose rows wait for their presets
 
 BERT, ROBERTA, MINILM = "BERT, 1810.04805", "RoBERTa, 1907.11692", "MiniLM, 2002.10957"
 LORA, HOULSBY, BITFIT = "LoRA, 2106.09685", "Houlsby, 1902.00751", "BitFit, 2106.10199"
@@ -149,8 +149,6 @@ HF_PEFT = [
     Row(HF, RUN, "smollm2-135m", "prefix:length=20,hidden=192", 2_345_664, "2,264,256", NARROW),
     Row(HF, RUN, "smollm2-135m", "prefix:length=20,hidden=512", 6_216_704, "6,012,416", NARROW),
 ]
-
-# ----------------------------------------------------------------- rows of families that have no presets here yet
 
 OWN_NORMS = "the adapters' own norms are {:,} more"
 GPT2 = [

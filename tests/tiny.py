@@ -14,6 +14,7 @@ import optax
 
 from research.models import stack
 from research.models.bert import BertConfig
+from research.models.gemma import GemmaConfig
 from research.models.llama import LlamaConfig
 from research.models.registry import build
 from research.nn.on import On
@@ -28,7 +29,12 @@ from research.train.step import make_step
 ROWS, LENGTH, SHORT, VOCAB, CLASSES = 4, 12, 8, 64, 3
 ENCODER = BertConfig(VOCAB, 32, 2, 4, 56, max_positions=96, dropout=0.0, attention_dropout=0.0)
 DECODER = LlamaConfig(VOCAB, 32, 2, 4, 2, 8, 56, max_positions=96)
+# Three layers: a window, everything, a window.
+GEMMA = GemmaConfig(
+    VOCAB, 32, 3, 4, 2, 8, 56, 12.0, sliding_window=3, pattern=2, attention_softcap=2.0, final_softcap=3.0
+)
 CONFIGS = {"encoder": ENCODER, "decoder": DECODER}
+MORE = {"gemma": GEMMA}  # for tests that ask for it
 
 
 def fill(shapes: Any, seed: int = 0) -> Any:
@@ -96,7 +102,7 @@ class Case:
 
     def __init__(self, spec: str, family: str, **changes: Any):
         self.spec, self.family = spec, family
-        self.config = dataclasses.replace(CONFIGS[family], **changes)
+        self.config = dataclasses.replace((CONFIGS | MORE)[family], **changes)
         self.model, self.method = build(self.config), registry.parse(spec)
         self.sites = peft.sites(self.model)
         # The decoder learns to predict tokens, unless the method needs a head to have anything to train.

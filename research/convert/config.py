@@ -4,32 +4,29 @@ What a config asks for and the models here do not compute (yarn, biases on every
 some layers only) is an error, never a model that is quietly different.
 """
 
-from typing import Any
-
+from research.convert import config_gemma, config_t5
+from research.convert.config_parts import ACTIVATIONS, Json, refuse, rope, rope_to_hf, their_activation
 from research.errors import ModelError, did_you_mean
 from research.models.bert import BertConfig
+from research.models.gemma import GemmaConfig
+from research.models.gpt2 import Gpt2Config
 from research.models.llama import LlamaConfig
 from research.models.registry import Config
+from research.models.t5 import T5Config
 
-Json = dict[str, Any]
-
-FAMILIES = ("bert", "roberta", "llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("bert", "roberta", "gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "t5")
 ARCHITECTURES = {
     "bert": "Bert",
     "roberta": "Roberta",
+    "gpt2": "GPT2",
     "llama": "Llama",
     "mistral": "Mistral",
     "qwen2": "Qwen2",
     "qwen3": "Qwen3",
+    "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3",
+    "t5": "T5",
 }
-# Theirs to ours; the first of two names for one function is the one we write.
-ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "relu": "relu"}
-ROPE = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-
 # What `transformers` assumes where a config.json is silent and the families differ.
 _SILENT: dict[str, Json] = {
     "llama": {"max_position_embeddings": 2048},
@@ -48,26 +45,28 @@ def config_from_hf(hf: Json) -> Config:
     if family not in FAMILIES:
         raise ModelError(f"model_type {family!r} is not supported.{did_you_mean(str(family), FAMILIES)}")
     if hf.get("quantization_config"):
-        _refuse(family, "quantization_config (weights already quantised)")
+        refuse(family, "quantization_config (weights already quantised)")
     try:
-        return _bert(family, hf) if family in ("bert", "roberta") else _llama(family, _SILENT[family] | hf)
+        if family in ("bert", "roberta"):
+            return _bert(family, hf)
+        if family in ("gemma2", "gemma3_text"):
+            return config_gemma.from_hf(family, hf)
+        if family == "t5":
+            return config_t5.from_hf(hf)
+        return _gpt2(hf) if family == "gpt2" else _llama(family, _SILENT[family] | hf)
     except KeyError as e:
         raise ModelError(f"config.json of a {family} model has no {e.args[0]!r}.") from e
     except (TypeError, ValueError, AttributeError, ArithmeticError) as e:
         raise ModelError(f"config.json of a {family} model has a value that makes no sense ({e}).") from e
 
 
-def _refuse(family: str, what: str) -> None:
-    raise ModelError(f"{family} config asks for {what}, which is not supported.")
-
-
 def _bert(family: str, hf: Json) -> BertConfig:
     if (kind := hf.get("position_embedding_type", "absolute")) != "absolute":
-        _refuse(family, f"position_embedding_type {kind!r} (only 'absolute')")
+        refuse(family, f"position_embedding_type {kind!r} (only 'absolute')")
     if hf.get("is_decoder"):
-        _refuse(family, "is_decoder (only encoders)")
+        refuse(family, "is_decoder (only encoders)")
     if (activation := hf.get("hidden_act", "gelu")) not in ACTIVATIONS:
-        _refuse(family, f"hidden_act {activation!r} (only {', '.join(ACTIVATIONS)})")
+        refuse(family, f"hidden_act {activation!r} (only {', '.join(ACTIVATIONS)})")
     pad = int(family == "roberta") if hf.get("pad_token_id") is None else hf["pad_token_id"]
     return BertConfig(
         vocab_size=hf["vocab_size"],
@@ -89,13 +88,39 @@ def _bert(family: str, hf: Json) -> BertConfig:
     )
 
 
+def _gpt2(hf: Json) -> Gpt2Config:
+    if (activation := hf.get("activation_function", "gelu_new")) not in ACTIVATIONS:
+        refuse("gpt2", f"activation_function {activation!r} (only {', '.join(ACTIVATIONS)})")
+    if not hf.get("scale_attn_weights", True):
+        refuse("gpt2", "scores that are not scaled (scale_attn_weights false)")
+    for option in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"):
+        if hf.get(option):
+            refuse("gpt2", option)
+    dropout = hf.get("resid_pdrop", 0.1)
+    if hf.get("embd_pdrop", 0.1) != dropout:
+        refuse("gpt2", f"embd_pdrop {hf.get('embd_pdrop', 0.1)} beside resid_pdrop {dropout} (only one rate for both)")
+    return Gpt2Config(
+        vocab_size=hf["vocab_size"],
+        hidden_size=hf["n_embd"],
+        num_layers=hf["n_layer"],
+        num_heads=hf["n_head"],
+        intermediate_size=hf.get("n_inner") or 4 * hf["n_embd"],
+        max_positions=hf.get("n_positions", 1024),
+        norm_eps=hf.get("layer_norm_epsilon", 1e-5),
+        activation=ACTIVATIONS[activation],
+        tie_embeddings=bool(hf.get("tie_word_embeddings", True)),
+        dropout=dropout,
+        attention_dropout=hf.get("attn_pdrop", 0.1),
+    )
+
+
 def _llama(family: str, hf: Json) -> LlamaConfig:
     if hf.get("hidden_act", "silu") not in ("silu", "swish"):
-        _refuse(family, f"hidden_act {hf['hidden_act']!r} (only 'silu')")
+        refuse(family, f"hidden_act {hf['hidden_act']!r} (only 'silu')")
     for bias in ("attention_bias", "mlp_bias"):
         if hf.get(bias):
-            _refuse(family, f"{bias} (only Qwen2's, on query, key and value)")
-    heads, (theta, scaling) = hf["num_attention_heads"], _rope(family, hf)
+            refuse(family, f"{bias} (only Qwen2's, on query, key and value)")
+    heads, (theta, scaling) = hf["num_attention_heads"], rope(family, hf)
     return LlamaConfig(
         vocab_size=hf["vocab_size"],
         hidden_size=hf["hidden_size"],
@@ -116,18 +141,6 @@ def _llama(family: str, hf: Json) -> LlamaConfig:
     )
 
 
-def _rope(family: str, hf: Json) -> tuple[float, tuple | None]:
-    """Returns (theta, scaling). transformers 5 keeps both in rope_parameters, 4 in rope_theta and rope_scaling."""
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in ROPE:
-        _refuse(family, f"rope type {kind!r} (only {', '.join(ROPE)})")
-    if float(rope.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1.0) != 1.0:
-        _refuse(family, "partial_rotary_factor")
-    return theta, (kind, *(rope[key] for key in ROPE[kind])) if ROPE[kind] else None
-
-
 def _window(family: str, hf: Json) -> int | None:
     """The sliding window in tokens, the query's own included, or None. Qwen files name one even where it is off."""
     window = hf.get("sliding_window")
@@ -139,7 +152,7 @@ def _window(family: str, hf: Json) -> int | None:
         for i in range(layers)
     ]
     if len(set(kinds)) > 1:
-        _refuse(family, "a sliding window on some layers only")
+        refuse(family, "a sliding window on some layers only")
     return window if kinds[0] == "sliding_attention" else None
 
 
@@ -148,6 +161,12 @@ def config_to_hf(config: Config) -> Json:
 
     Architecture, labels and token ids are for the caller to add (`export.export_hf`).
     """
+    if isinstance(config, GemmaConfig):
+        return config_gemma.to_hf(config)
+    if isinstance(config, Gpt2Config):
+        return _gpt2_to_hf(config)
+    if isinstance(config, T5Config):
+        return config_t5.to_hf(config)
     shared: Json = {
         "model_type": config.family,
         "vocab_size": config.vocab_size,
@@ -162,15 +181,12 @@ def config_to_hf(config: Config) -> Json:
             "max_position_embeddings": config.max_positions,
             "type_vocab_size": config.type_vocab_size,
             "layer_norm_eps": config.norm_eps,
-            "hidden_act": next(k for k, v in ACTIVATIONS.items() if v == config.activation),
+            "hidden_act": their_activation(config.activation),
             "hidden_dropout_prob": config.dropout,
             "attention_probs_dropout_prob": config.attention_dropout,
             "pad_token_id": config.pad_token_id,
         }
-    rope: Json = {"rope_type": "default"}
-    if config.rope_scaling:
-        kind, *values = config.rope_scaling
-        rope = {"rope_type": kind} | dict(zip(ROPE[kind], values, strict=True))
+    scaling = rope_to_hf(config.rope_scaling)
     out = shared | {
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
@@ -179,8 +195,8 @@ def config_to_hf(config: Config) -> Json:
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tie_embeddings,
         "rope_theta": config.rope_theta,
-        "rope_scaling": rope if config.rope_scaling else None,
-        "rope_parameters": rope | {"rope_theta": config.rope_theta},
+        "rope_scaling": scaling if config.rope_scaling else None,
+        "rope_parameters": scaling | {"rope_theta": config.rope_theta},
     }
     if config.family == "mistral":
         out["sliding_window"] = config.sliding_window
@@ -189,3 +205,23 @@ def config_to_hf(config: Config) -> Json:
         out |= {"use_sliding_window": windowed, "sliding_window": config.sliding_window}
         out["max_window_layers"] = 0 if windowed else config.num_layers
     return out
+
+
+def _gpt2_to_hf(config: Gpt2Config) -> Json:
+    return {
+        "model_type": config.family,
+        "vocab_size": config.vocab_size,
+        "n_embd": config.hidden_size,
+        "n_layer": config.num_layers,
+        "n_head": config.num_heads,
+        "n_inner": config.intermediate_size,
+        "n_positions": config.max_positions,
+        "layer_norm_epsilon": config.norm_eps,
+        # The family's own name of the function.
+        "activation_function": "gelu_new" if config.activation == "gelu_tanh" else their_activation(config.activation),
+        "tie_word_embeddings": config.tie_embeddings,
+        "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.attention_dropout,
+        "dtype": config.param_dtype,
+    }

@@ -12,6 +12,7 @@ import numpy as np
 from research import files
 from research.convert import hf
 from research.convert.config import ARCHITECTURES, Json, config_to_hf
+from research.convert.names import LM_HEAD
 from research.errors import ModelError
 from research.models.bert import BertConfig
 from research.models.registry import Config
@@ -34,14 +35,15 @@ def export_hf(
     Args:
       params: scanned or unrolled arrays, adapters merged.
       head: {"kernel": [D, C], "bias": [C]} of a classifier on `features`; BERT becomes BertForSequenceClassification, a
-        LLaMA LlamaForSequenceClassification (whose `score` has no bias). Without one: BertModel, LlamaForCausalLM.
+        LLaMA LlamaForSequenceClassification (whose `score` has no bias). Without one: BertModel, LlamaForCausalLM,
+        GPT2LMHeadModel, T5ForConditionalGeneration.
       class_names: C labels for id2label.
     Returns the directory.
     Raises ModelError: what `transformers` has no class for, a directory that holds something else, a full disk.
     """
     directory = Path(directory).expanduser().absolute()
     described, heads = _describe(config, tokenizer, head, class_names)
-    lm_head = hf.LM_HEAD.theirs if head is not None else None  # a classifier has no language-model head
+    lm_head = LM_HEAD.theirs if head is not None else None  # a classifier has no language-model head
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         yield from (t for t in hf.export_tensors(config, params, headless=head is None) if t[0] != lm_head)
@@ -68,7 +70,9 @@ def _describe(
             described[f"{role}_token_id"] = token
     bert = isinstance(config, BertConfig)
     if head is None:
-        return described | {"architectures": [stem + ("Model" if bert else "ForCausalLM")]}, []
+        kinds = {"bert": "Model", "roberta": "Model", "gpt2": "LMHeadModel", "t5": "ForConditionalGeneration"}
+        kind = kinds.get(config.family, "ForCausalLM")
+        return described | {"architectures": [stem + kind]}, []
     kernel, bias = np.asarray(head["kernel"]), head.get("bias")
     names = list(class_names) if class_names is not None else [f"LABEL_{i}" for i in range(kernel.shape[1])]
     if kernel.shape != (config.hidden_size, len(names)):
@@ -76,6 +80,8 @@ def _describe(
             f"cannot export the head: its kernel has shape {list(kernel.shape)}, the model and class names want "
             f"{[config.hidden_size, len(names)]}."
         )
+    if config.family == "t5":
+        raise ModelError("cannot export the head: T5ForSequenceClassification has one dense layer more than ours.")
     if config.family == "roberta":
         raise ModelError("cannot export the head: RobertaForSequenceClassification has one dense layer more than ours.")
     if bert and not config.pooler:

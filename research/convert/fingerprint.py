@@ -24,11 +24,8 @@ def fingerprint(params: tree.PyTree, config: Any = None) -> str:
     slices: list[tuple[str, np.ndarray]] = []
     for path, leaf in tree.paths(params).items():
         value = np.asarray(leaf)
-        head, _, rest = path.partition("/")
-        if head == "layers":
-            slices += [(f"layers_{i}/{rest}", layer) for i, layer in enumerate(value)]
-        else:
-            slices.append((path, value))
+        names = tree.layer_paths(path, value)
+        slices += [(path, value)] if names == [path] else list(zip(names, value, strict=True))
 
     def line(item: tuple[str, np.ndarray]) -> str:
         path, value = item

@@ -1,10 +1,6 @@
-"""Hugging Face checkpoints: one table of names and shapes a family, read in both directions.
+"""Hugging Face checkpoints, in and out, by the tables of `names.py`.
 
-    ours (config.scan)            theirs                                          shape here
-    layers/attn/q/kernel          model.layers.{i}.self_attn.q_proj.weight        [L, D, H*K], theirs [H*K, D] a layer
-
-Kernels are `[in, out]` here and `[out, in]` there, so every leaf called `kernel` is transposed and nothing else is. A
-source of weights is anything with `shapes` and `read(name)`: safetensors files here, a GGUF file in `gguf.py`.
+A source of weights is anything with `shapes` and `read(name)`: safetensors files here, a GGUF file in `gguf.py`.
 """
 
 import json
@@ -12,13 +8,14 @@ import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from research.convert.config import Config
+from research.convert.names import LM_HEAD, Row, canonical, depth, fuse, prefix, shape_of, split, table
 from research.errors import ModelError
 from research.models.bert import BertConfig
 from research.peft import tree
@@ -26,95 +23,9 @@ from research.peft import tree
 log = logging.getLogger(__name__)
 
 
-class Row(NamedTuple):
-    """A leaf of ours, its name in their files (`{i}` is the layer) and the letters of its shape, in our order."""
-
-    ours: str
-    theirs: str
-    shape: str
-
-
-def _pairs(ours: str, theirs: str, kernel: str, bias: str | None = None) -> list[Row]:
-    """A projection: kernel `[in, out]` and, if `bias` names its letter, a bias."""
-    rows = [Row(f"{ours}/kernel", f"{theirs}.weight", kernel)]
-    return rows + ([Row(f"{ours}/bias", f"{theirs}.bias", bias)] if bias else [])
-
-
-def _norm(ours: str, theirs: str) -> list[Row]:
-    return [Row(f"{ours}/scale", f"{theirs}.weight", "D"), Row(f"{ours}/bias", f"{theirs}.bias", "D")]
-
-
-BERT = (
-    Row("embed/tokens/embedding", "embeddings.word_embeddings.weight", "V D"),
-    Row("embed/positions/embedding", "embeddings.position_embeddings.weight", "P D"),
-    Row("embed/types/embedding", "embeddings.token_type_embeddings.weight", "S D"),
-    *_norm("embed/norm", "embeddings.LayerNorm"),
-    *_pairs("layers/attn/q", "encoder.layer.{i}.attention.self.query", "D D", "D"),
-    *_pairs("layers/attn/k", "encoder.layer.{i}.attention.self.key", "D D", "D"),
-    *_pairs("layers/attn/v", "encoder.layer.{i}.attention.self.value", "D D", "D"),
-    *_pairs("layers/attn/o", "encoder.layer.{i}.attention.output.dense", "D D", "D"),
-    *_norm("layers/attn_norm", "encoder.layer.{i}.attention.output.LayerNorm"),
-    *_pairs("layers/mlp/up", "encoder.layer.{i}.intermediate.dense", "D F", "F"),
-    *_pairs("layers/mlp/down", "encoder.layer.{i}.output.dense", "F D", "D"),
-    *_norm("layers/mlp_norm", "encoder.layer.{i}.output.LayerNorm"),
-)
-BERT_POOLER = tuple(_pairs("pooler", "pooler.dense", "D D", "D"))
-
-# Q is H*K, G the key and value heads' H*K, K one head's size.
-LLAMA = (
-    Row("embed/tokens/embedding", "embed_tokens.weight", "V D"),
-    Row("layers/attn_norm/scale", "layers.{i}.input_layernorm.weight", "D"),
-    *_pairs("layers/attn/q", "layers.{i}.self_attn.q_proj", "D Q"),
-    *_pairs("layers/attn/k", "layers.{i}.self_attn.k_proj", "D G"),
-    *_pairs("layers/attn/v", "layers.{i}.self_attn.v_proj", "D G"),
-    *_pairs("layers/attn/o", "layers.{i}.self_attn.o_proj", "Q D"),
-    Row("layers/mlp_norm/scale", "layers.{i}.post_attention_layernorm.weight", "D"),
-    *_pairs("layers/mlp/gate", "layers.{i}.mlp.gate_proj", "D F"),
-    *_pairs("layers/mlp/up", "layers.{i}.mlp.up_proj", "D F"),
-    *_pairs("layers/mlp/down", "layers.{i}.mlp.down_proj", "F D"),
-    Row("norm/scale", "norm.weight", "D"),
-)
-LLAMA_QKV_BIAS = tuple(
-    Row(f"layers/attn/{x}/bias", f"layers.{{i}}.self_attn.{x}_proj.bias", d) for x, d in zip("qkv", "QGG", strict=True)
-)
-LLAMA_QK_NORM = tuple(Row(f"layers/attn/{x}_norm/scale", f"layers.{{i}}.self_attn.{x}_norm.weight", "K") for x in "qk")
-LM_HEAD = Row("lm_head/kernel", "lm_head.weight", "D V")
-
-
-def table(config: Config) -> tuple[Row, ...]:
-    """Returns the rows of exactly the leaves that a model of this config has."""
-    if isinstance(config, BertConfig):
-        return BERT + (BERT_POOLER if config.pooler else ())
-    rows = LLAMA + (LLAMA_QKV_BIAS if config.qkv_bias else ()) + (LLAMA_QK_NORM if config.qk_norm else ())
-    return rows if config.tie_embeddings else (*rows, LM_HEAD)
-
-
-def shape_of(config: Config, row: Row) -> tuple[int, ...]:
-    """Shape of one layer's leaf, in our order."""
-    sizes = {"V": config.vocab_size, "D": config.hidden_size, "F": config.intermediate_size}
-    if isinstance(config, BertConfig):
-        sizes |= {"P": config.max_positions, "S": config.type_vocab_size}
-    else:
-        sizes |= {"Q": config.num_heads * config.head_dim, "G": config.num_kv_heads * config.head_dim}
-        sizes |= {"K": config.head_dim}
-    return tuple(sizes[letter] for letter in row.shape.split())
-
-
-def prefix(config: Config, headless: bool = False) -> str:
-    """Their prefix of all but a head: BertModel has none (`headless`), BertForX `bert.`, LLaMA `model.`."""
-    if isinstance(config, BertConfig):
-        return "" if headless else f"{config.family}."
-    return "model."
-
-
-def canonical(config: Config, name: str) -> str:
-    """Their name without prefix and in today's spelling (BERT's first files say gamma and beta)."""
-    name = re.sub(r"^(bert|roberta)\." if isinstance(config, BertConfig) else r"^model\.", "", name)
-    return re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
-
-
 # Buffers, and heads of the pretraining objective: not part of the model here.
-_BUFFERS = r"embeddings\.(position_ids|token_type_ids)|.*rotary_emb\.inv_freq|.*\.attention\.(masked_)?bias"
+_BUFFERS = r"embeddings\.(position_ids|token_type_ids)|.*rotary_emb\.inv_freq|.*\.(attention|attn)\.(masked_)?bias"
+_BUFFERS += r"|(encoder|decoder)\.embed_tokens\.weight"  # T5's shared table again
 _HEADS = r"cls\..*|(classifier|score|qa_outputs|pre_classifier|vocab_\w+)\..*"
 
 
@@ -192,13 +103,13 @@ def match(config: Config, source: Source) -> dict[str, str]:
     Raises ModelError: names missing or unexpected (counts, and up to ten of each).
     """
     found = {canonical(config, name): name for name in source.shapes}
-    wanted = {row.theirs.format(i=i) for row in table(config) for i in range(config.num_layers)}
+    wanted = {row.theirs.format(i=i) for row in table(config) for i in range(depth(config, row))}
     ignored, bert = f"{_BUFFERS}|{_HEADS}", isinstance(config, BertConfig)
     ignored += (r"|lm_head\..*" + ("" if config.pooler else r"|pooler\..*")) if bert else ""
     extra = [name for name in found if name not in wanted and not re.fullmatch(ignored, name)]
     if not bert and config.tie_embeddings and "lm_head.weight" in extra:
         extra.remove("lm_head.weight")
-        if not _equal(source, found["lm_head.weight"], found.get("embed_tokens.weight")):
+        if not _equal(source, found["lm_head.weight"], found.get(table(config)[0].theirs)):
             raise ModelError(
                 f"{source.label}: config ties lm_head to the embedding, but lm_head.weight differs from it."
             )
@@ -229,25 +140,27 @@ def import_params(config: Config, source: Source) -> tree.PyTree:
 
     def read(row: Row, i: int) -> np.ndarray:
         name, shape = names[row.theirs.format(i=i)], shape_of(config, row)
-        theirs = shape[::-1] if row.ours.endswith("kernel") else shape
+        whole = shape if row.part is None else (*shape[:-1], 3 * shape[-1])
+        theirs = whole[::-1] if row.transposed else whole
         if source.shapes[name] != theirs:
             raise ModelError(
                 f"{source.label}: {name} has shape {list(source.shapes[name])}, the config wants {list(theirs)} "
                 f"(for {row.ours})."
             )
         value = source.read(name)
-        return value.T if row.ours.endswith("kernel") else value
+        value = value.T if row.transposed else value
+        return value if row.part is None else split(value, row.part)
 
     for row in table(config):
         if "{i}" not in row.theirs:
             flat[row.ours] = jnp.asarray(np.ascontiguousarray(read(row, 0), dtype))
         elif config.scan:
-            whole = np.empty((config.num_layers, *shape_of(config, row)), dtype)
-            for i in range(config.num_layers):
+            whole = np.empty((depth(config, row), *shape_of(config, row)), dtype)
+            for i in range(len(whole)):
                 whole[i] = read(row, i)
             flat[row.ours] = jnp.asarray(whole)
         else:
-            for i in range(config.num_layers):
+            for i in range(depth(config, row)):
                 path = row.ours.replace("layers/", f"layers_{i}/", 1)
                 flat[path] = jnp.asarray(np.ascontiguousarray(read(row, i), dtype))
     return tree.unflatten(flat)
@@ -260,19 +173,25 @@ def export_tensors(config: Config, params: tree.PyTree, headless: bool = True) -
       params: scanned or unrolled; leaves are arrays (a quantised or adapted kernel is merged first).
       headless: whether BERT names go without `bert.` (the bare model) or with it (under a task head).
     """
-    flat, start = tree.paths(params), prefix(config, headless)
-    for row in table(config):
+    flat, start, rows = tree.paths(params), prefix(config, headless), table(config)
+
+    def leaf(row: Row, i: int) -> np.ndarray:
+        path, stacked = row.ours, "{i}" in row.theirs
+        if stacked and path not in flat:
+            path = path.replace("layers/", f"layers_{i}/", 1)
+        if not hasattr(flat.get(path), "shape"):
+            raise ModelError(f"cannot export: params have no array at {path}; merge adapters and dequantise first.")
+        value = np.asarray(flat[path])
+        value = value[i] if stacked and path == row.ours else value
+        if value.shape != shape_of(config, row):
+            raise ModelError(f"cannot export {path}: shape {value.shape}, the config wants {shape_of(config, row)}.")
+        return value
+
+    for row in rows:
+        if row.part:
+            continue  # it went with the first part
         their = row.theirs if row is LM_HEAD else start + row.theirs
-        for i in range(config.num_layers if "{i}" in their else 1):
-            path = row.ours
-            if "{i}" in their and path not in flat:
-                path = path.replace("layers/", f"layers_{i}/", 1)
-            if not hasattr(flat.get(path), "shape"):
-                raise ModelError(f"cannot export: params have no array at {path}; merge adapters and dequantise first.")
-            value = np.asarray(flat[path])
-            value = value[i] if "{i}" in their and path == row.ours else value
-            if value.shape != shape_of(config, row):
-                raise ModelError(
-                    f"cannot export {path}: shape {value.shape}, the config wants {shape_of(config, row)}."
-                )
-            yield their.format(i=i), value.T if path.endswith("kernel") else value
+        for i in range(depth(config, row)):
+            parts = [leaf(other, i) for other in rows if other.theirs == row.theirs]
+            value = parts[0] if row.part is None else fuse(parts)
+            yield their.format(i=i), value.T if row.transposed else value

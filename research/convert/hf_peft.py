@@ -24,6 +24,7 @@ from research.convert.hf_peft_config import Rank
 from research.convert.hf_peft_keys import CONFIG, SOFT, UNDER, WEIGHTS
 from research.convert.hf_peft_methods import TYPES
 from research.convert.hf_peft_write import save
+from research.convert.names import prefix
 from research.errors import FlagError, ModelError, did_you_mean
 from research.models.bert import BertConfig
 from research.nn.on import On
@@ -113,7 +114,7 @@ def load(directory: str | Path, config: Config, params: tree.PyTree, sites: Site
 
 def _load(c: Json, file: _File, config: Config, params: tree.PyTree, sites: Sites) -> tuple[str, Variables]:
     kind, bert = c["peft_type"], isinstance(config, BertConfig)
-    headless = not any(name.startswith(UNDER + hf.prefix(config)) for name in file.left)
+    headless = not any(name.startswith(UNDER + prefix(config)) for name in file.left)
     head = c.get("task_type") == "SEQ_CLS" and bool(c.get("modules_to_save"))
     if kind in SOFT and bert and head:
         raise ModelError("its classifier reads the first virtual token, and here the first real one.")

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from research.convert import hf
 from research.convert.config import Config, Json
+from research.convert.names import LM_HEAD, depth, prefix, table
 from research.errors import ModelError
 from research.models.bert import BertConfig
 from research.peft.adalora import Svd
@@ -138,12 +138,11 @@ def linears(config: Config, headless: bool) -> dict[str, tuple[str, int]]:
 
     headless: names of the bare model (BertModel, LlamaModel), not of one with a head.
     """
-    start, out = "" if headless else hf.prefix(config), {}
-    for row in hf.table(config):
+    start, out = "" if headless else prefix(config), {}
+    for row in table(config):
         if row.ours.endswith("/kernel"):
-            name = (row.theirs if row is hf.LM_HEAD else start + row.theirs).removesuffix(".weight")
-            depth = config.num_layers if "{i}" in name else 1
-            out |= {name.format(i=i): (row.ours.removesuffix("/kernel"), i) for i in range(depth)}
+            name = (row.theirs if row is LM_HEAD else start + row.theirs).removesuffix(".weight")
+            out |= {name.format(i=i): (row.ours.removesuffix("/kernel"), i) for i in range(depth(config, row))}
     return out
 
 
@@ -157,11 +156,10 @@ def attentions(config: Config, top: int | None = None) -> list[tuple[str, tuple[
 
 def norms(config: Config, headless: bool) -> dict[str, tuple[str, int]]:
     """The same of every leaf of a norm, by their parameter's name."""
-    start, out = "" if headless else hf.prefix(config), {}
-    for row in hf.table(config):
+    start, out = "" if headless else prefix(config), {}
+    for row in table(config):
         if re.fullmatch(NORMS, row.ours):
-            depth = config.num_layers if "{i}" in row.theirs else 1
-            out |= {(start + row.theirs).format(i=i): (row.ours, i) for i in range(depth)}
+            out |= {(start + row.theirs).format(i=i): (row.ours, i) for i in range(depth(config, row))}
     return out
 
 

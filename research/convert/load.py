@@ -16,17 +16,24 @@ from research.convert import hf
 from research.convert.config import config_from_hf
 from research.convert.fingerprint import fingerprint
 from research.convert.gguf import GGUFSource
-from research.data import assets, smoke
+from research.convert.names import LM_HEAD, canonical
+from research.data import assets, joined, smoke
+from research.data.pins import JOINED
 from research.errors import ModelError, UserError, did_you_mean
 from research.models import tie
 from research.models.bert import BertConfig
 from research.models.llama import LlamaConfig
 from research.models.registry import PRESETS, Config, build, preset
 from research.models.stack import unstack
-from research.peft import tree
+from research.models.t5 import T5Config
+from research.peft import method, tree
 
 # The packaged weights and the preset that describes them, so that a shape is known without a download.
-PACKAGED = {"minilm-l6": "minilm-l6", "smollm2-135m-instruct": "smollm2-135m"}
+PACKAGED = {
+    "minilm-l6": "minilm-l6",
+    "smollm2-135m-instruct": "smollm2-135m",
+    "gemma3-270m": "gemma3-270m",
+}
 SMOKE = ("smoke", "smoke-llama")
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")
 # Of a hub repository only this is fetched: no pickles, no code, no folders of other formats.
@@ -74,7 +81,7 @@ def load(
     else:
         path = _find(name)
         source = GGUFSource(path) if path.is_file() else hf.SafetensorsSource(path)
-        config = source.config if isinstance(source, GGUFSource) else _with_pooler(_read_config(path), source)
+        config = source.config if isinstance(source, GGUFSource) else _as_saved(_read_config(path), source)
         config = dataclasses.replace(config, **options)
         params = hf.import_params(config, source)
         tokenizer = source.tokenizer() if isinstance(source, GGUFSource) else _tokenizer(path)
@@ -100,7 +107,7 @@ def _find(name: str, files: list[str] | None = None) -> Path:
     """Returns a directory of Hugging Face files, or a GGUF file."""
     path = Path(name).expanduser()
     if name in PACKAGED:
-        path = assets.fetch(name)
+        path = joined.fetch(name) if name in JOINED else assets.fetch(name)
     elif path.is_file():
         if path.suffix == ".safetensors":
             raise ModelError(f"{name} is one file of weights: name its directory, where config.json lies too.")
@@ -153,11 +160,13 @@ def _read_config(directory: Path) -> Config:
         raise ModelError(f"{file}: {e}") from e
 
 
-def _with_pooler(config: Config, source: hf.Source) -> Config:
-    """config.json does not say whether BERT was saved with its pooler; the file does."""
+def _as_saved(config: Config, source: hf.Source) -> Config:
+    """What config.json leaves open and the file shows: whether BERT has its pooler, and T5 an output of its own."""
+    found = {canonical(config, name) for name in source.shapes}
     if isinstance(config, BertConfig) and config.pooler:
-        names = {hf.canonical(config, name) for name in source.shapes}
-        return dataclasses.replace(config, pooler="pooler.dense.weight" in names)
+        return dataclasses.replace(config, pooler="pooler.dense.weight" in found)
+    if isinstance(config, T5Config):
+        return dataclasses.replace(config, tie_embeddings=LM_HEAD.theirs not in found)
     return config
 
 
@@ -184,7 +193,7 @@ def _smoke_config(name: str, vocab_size: int) -> Config:
 def _random(config: Config, seed: int) -> tree.PyTree:
     """Random parameters, the same whether scanned or unrolled. Drawn by numpy: compiling `init` would take seconds."""
     model = build(dataclasses.replace(config, scan=True))
-    shapes = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"])
+    shapes = method.base(model)[0]
     draw = np.random.default_rng(seed)
 
     def leaf(path: str, x: jax.ShapeDtypeStruct) -> jax.Array:

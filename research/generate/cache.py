@@ -5,6 +5,7 @@
     cache       the same with room for N more tokens at the end
     each token  kept again, one slot long, written at the next slot of every leaf
 
+What another sequence gives (leaves named `context...`) has no such room: each token finds it and leaves it as it is.
 P virtual tokens and V virtual keys of a prompt or a prefix are kept with the text: they enter once. Rows are padded on
 the left, so that all of them write at the same slot; slots that nobody has written yet are masked.
 """
@@ -49,6 +50,8 @@ def step(model: nn.Module, variables: PyTree, cache: PyTree, token: jax.Array, l
     logits = model.apply(given, hidden[:, -1], method="unembed")
 
     def write(path: str, new: jax.Array, old: jax.Array) -> jax.Array:
+        if _is_context(path):
+            return old
         axis = _slots(path, old)
         return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), old.shape[axis] - left, axis)
 
@@ -60,5 +63,10 @@ def _slots(path: str, leaf: jax.Array) -> int:
     return leaf.ndim - (3 if path.endswith(("keys", "values")) else 1)
 
 
+def _is_context(path: str) -> bool:
+    return path.rpartition("/")[2].startswith("context")
+
+
 def _room(path: str, leaf: jax.Array, room: int) -> list[tuple[int, int]]:
+    room = 0 if _is_context(path) else room
     return [(0, room if axis == _slots(path, leaf) else 0) for axis in range(leaf.ndim)]

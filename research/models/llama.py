@@ -19,6 +19,7 @@ from research.nn.attention import Attention
 from research.nn.embed import Embed, Tied
 from research.nn.layers import apply_layers
 from research.nn.linear import Linear
+from research.nn.mlp import GatedMlp
 from research.nn.norm import RMSNorm
 from research.nn.rope import angles, frequencies
 from research.nn.sites import Outputs, Prompt, Residual
@@ -131,20 +132,6 @@ PRESETS = {
 }
 
 
-class Mlp(nn.Module):
-    """down(silu(gate(x)) * up(x)) (arXiv 2002.05202)."""
-
-    config: LlamaConfig
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        c = self.config
-        t = {"use_bias": False, "dtype": c.dtype, "param_dtype": c.param_dtype}
-        gate = Linear(c.intermediate_size, ("embed", "mlp"), name="gate", **t)(x)
-        up = Linear(c.intermediate_size, ("embed", "mlp"), name="up", **t)(x)
-        return Linear(c.hidden_size, ("mlp", "embed"), name="down", **t)(jax.nn.silu(gate) * up)
-
-
 class Block(nn.Module):
     """x = x + attention(norm(x)); x = x + mlp(norm(x))."""
 
@@ -157,11 +144,12 @@ class Block(nn.Module):
             c.num_heads, c.num_kv_heads, c.head_dim, qkv_bias=c.qkv_bias, qk_norm_eps=c.norm_eps if c.qk_norm else None,
             dtype=c.dtype, param_dtype=c.param_dtype, name="attn",
         )  # fmt: skip
+        mlp = GatedMlp(c.intermediate_size, dtype=c.dtype, param_dtype=c.param_dtype, name="mlp")
         attn_norm = RMSNorm(c.norm_eps, param_dtype=c.param_dtype, name="attn_norm")
         h = attn_norm(x)
         x = x + Residual(name="attn_residual")(x, h, attn(h, mask, (cos, sin), attn_norm))
         h = RMSNorm(c.norm_eps, param_dtype=c.param_dtype, name="mlp_norm")(x)
-        x = x + Residual(name="mlp_residual")(x, h, Mlp(c, name="mlp")(h))
+        x = x + Residual(name="mlp_residual")(x, h, mlp(h))
         return nn.with_logical_constraint(x, ("batch", "length", None))
 
 

@@ -3,20 +3,31 @@
 import flax.linen as nn
 
 from research.errors import ModelError, did_you_mean
-from research.models import bert, dit, llama, unet, vit
+from research.models import bert, dit, gemma, gpt2, llama, t5, unet, vit
 from research.nn.layers import REMAT
 
-Config = bert.BertConfig | llama.LlamaConfig | dit.DitConfig | unet.UnetConfig | vit.VitConfig
-
-PRESETS: dict[str, Config] = bert.PRESETS | llama.PRESETS | dit.PRESETS | unet.PRESETS | vit.PRESETS
-
-_MODULES: dict[type, type[nn.Module]] = {
-    bert.BertConfig: bert.Bert,
-    llama.LlamaConfig: llama.Llama,
-    dit.DitConfig: dit.Dit,
-    unet.UnetConfig: unet.Unet,
-    vit.VitConfig: vit.Vit,
+FAMILIES = {
+    bert: (bert.BertConfig, bert.Bert),
+    dit: (dit.DitConfig, dit.Dit),
+    gemma: (gemma.GemmaConfig, gemma.Gemma),
+    gpt2: (gpt2.Gpt2Config, gpt2.Gpt2),
+    llama: (llama.LlamaConfig, llama.Llama),
+    t5: (t5.T5Config, t5.T5),
+    unet: (unet.UnetConfig, unet.Unet),
+    vit: (vit.VitConfig, vit.Vit),
 }
+Config = (
+    bert.BertConfig
+    | dit.DitConfig
+    | gemma.GemmaConfig
+    | gpt2.Gpt2Config
+    | llama.LlamaConfig
+    | t5.T5Config
+    | unet.UnetConfig
+    | vit.VitConfig
+)
+PRESETS: dict[str, Config] = {name: config for family in FAMILIES for name, config in family.PRESETS.items()}
+_MODULES: dict[type, type[nn.Module]] = dict(FAMILIES.values())
 
 
 def preset(name: str) -> Config:

@@ -1,5 +1,6 @@
 """Multi-head attention with grouped keys, and the site `attention`."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -28,9 +29,13 @@ class Projection(NamedTuple):
 
 
 class Attention(nn.Module):
-    """softmax(q k' / sqrt(K)) v with `num_heads` queries over `num_kv_heads` keys.
+    """softmax(cap(scale * q k' + bias)) v with `num_heads` queries over `num_kv_heads` keys.
 
-    qk_norm_eps: RMSNorm over each head of q and k before rotation (Qwen3) where it is given.
+    scale: 1 / sqrt(K) where None; T5 has 1. softcap: cap(s) = softcap * tanh(s / softcap) (Gemma 2).
+    alibi: adds slope_h * (the key's position) (arXiv 2108.12409).
+    cross: keys and values are made from another sequence. keep: whether later tokens read them (not in an encoder).
+    qk_norm_eps: RMSNorm over each head of q and k before rotation (Qwen3, Gemma 3) where it is given, its scale plus
+    `norm_offset`.
     """
 
     num_heads: int
@@ -39,7 +44,13 @@ class Attention(nn.Module):
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm_eps: float | None = None
+    norm_offset: float = 0.0
     dropout: float = 0.0
+    scale: float | None = None
+    softcap: float | None = None
+    alibi: bool = False
+    cross: bool = False
+    keep: bool = True
     dtype: str = "float32"
     param_dtype: str = "float32"
 
@@ -50,10 +61,16 @@ class Attention(nn.Module):
         mask: jax.Array,
         rope: tuple[jax.Array, jax.Array] | None = None,
         norm: Callable = lambda x: x,
+        *,
+        bias: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        context: jax.Array | None = None,
     ) -> jax.Array:
         """x [B, T, D], mask bool [B, T or 1, S] (True where a query may look), rope (cos, sin) -> [B, T, D].
 
         norm: the one that made x, for nodes whose tokens have yet to go through it.
+        bias: [B or 1, H, T, S], added to the scores; virtual keys have none. positions: of the keys [B, S], for alibi.
+        context [B, S, D]: the other sequence of `cross`; None where its keys are in the cache.
         """
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
@@ -64,18 +81,38 @@ class Attention(nn.Module):
         def heads(y: jax.Array) -> jax.Array:
             return y.reshape(*y.shape[:-1], -1, self.head_dim)
 
-        q, k, v = heads(project_q(x)), heads(project_k(x)), heads(project_v(x))
+        kv, source = KeysValues(self.cross, self.keep, name="kv"), context if self.cross else x
+        q = heads(project_q(x))
+        k, v = kv.known() or (heads(project_k(source)), heads(project_v(source)))
         if self.qk_norm_eps is not None:
-            q = RMSNorm(self.qk_norm_eps, param_dtype=self.param_dtype, name="q_norm")(q)
-            k = RMSNorm(self.qk_norm_eps, param_dtype=self.param_dtype, name="k_norm")(k)
+            norms = {"param_dtype": self.param_dtype, "offset": self.norm_offset}
+            q = RMSNorm(self.qk_norm_eps, name="q_norm", **norms)(q)
+            k = RMSNorm(self.qk_norm_eps, name="k_norm", **norms)(k)
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         project = Projection(lambda h: (heads(project_k(h)), heads(project_v(h))), norm)
-        kv = KeysValues(name="kv")
         k, v, mask, gate = kv(k, v, mask, x, project)
-        y = attend(q, k, v, mask, self.dropout, training_rng(self), gate)
+        if self.alibi:
+            virtual = mask.shape[-1] - positions.shape[-1]
+            front = jnp.broadcast_to(jnp.arange(virtual), (positions.shape[0], virtual))
+            positions = jnp.concatenate([front, positions], axis=1).astype(jnp.float32)
+            bias = slopes(self.num_heads)[:, None, None] * positions[:, None, None, :]
+        elif bias is not None:
+            bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (mask.shape[-1] - bias.shape[-1], 0)))
+        options = {"scale": self.scale, "softcap": self.softcap, "bias": bias}
+        y = attend(q, k, v, mask, self.dropout, training_rng(self), gate, **options)
         y = kv.attended(q, y, x, project)
         return Linear(x.shape[-1], ("heads", "embed"), self.out_bias, name="o", **types)(y)
+
+
+def slopes(num_heads: int) -> jax.Array:
+    """ALiBi's slope of each head [H]: 2^(-8/n), 2^(-16/n), ... for n heads, a power of two; other numbers take the
+    powers of two below and then every second one of twice that (arXiv 2108.12409, as BLOOM has it).
+    """
+    n = 2 ** math.floor(math.log2(num_heads))
+    found = [2 ** (-8 * (i + 1) / n) for i in range(n)]
+    found += [2 ** (-4 * (2 * i + 1) / n) for i in range(num_heads - n)]
+    return jnp.asarray(found, jnp.float32)
 
 
 def attend(
@@ -86,9 +123,13 @@ def attend(
     rate: float = 0.0,
     rng: jax.Array | None = None,
     gate: jax.Array | None = None,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: jax.Array | None = None,
 ) -> jax.Array:
     """q [B, T, H, K], k and v [B, S, kv_heads, K], mask bool [B, T or 1, S] -> [B, T, H*K]. A row without a key gives a
-    mean, not NaN. gate [B, T, P] multiplies scores and probabilities of the first P keys.
+    mean, not NaN. gate [B, T, P] multiplies scores and probabilities of the first P keys; bias [B or 1, H, T or 1, S].
 
     The queries that share a key head are one batched product [B*kv_heads, G*T, K] x [B*kv_heads, K, S].
     """
@@ -96,10 +137,14 @@ def attend(
     s, num_kv_heads = k.shape[1:3]
     groups = num_heads // num_kv_heads
     q = q.reshape(batch, t, num_kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
-    q = q.reshape(batch, num_kv_heads, groups * t, head_dim) * head_dim**-0.5
+    q = q.reshape(batch, num_kv_heads, groups * t, head_dim) * (head_dim**-0.5 if scale is None else scale)
     k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
     scores = jnp.matmul(q, k, preferred_element_type=jnp.float32)
     scores = scores.reshape(batch, num_kv_heads, groups, t, s)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    if bias is not None:
+        scores += bias.reshape(-1, num_kv_heads, groups, *bias.shape[2:])
     if gate is not None:
         gate = jnp.pad(gate, ((0, 0), (0, 0), (0, s - gate.shape[-1])), constant_values=1.0)[:, None, None]
         scores *= gate

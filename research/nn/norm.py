@@ -26,16 +26,18 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis."""
+    """x / sqrt(mean(x^2) + eps) * (scale + offset) over the last axis; Gemma's offset is 1."""
 
     eps: float
     axis: str = "norm"
     param_dtype: str = "float32"
+    offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         dtype = x.dtype
-        scale = get_param(self, "scale", nn.initializers.ones, (x.shape[-1],), (self.axis,), self.param_dtype)
+        start = nn.initializers.constant(1.0 - self.offset)
+        scale = get_param(self, "scale", start, (x.shape[-1],), (self.axis,), self.param_dtype)
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return (x * scale).astype(dtype)
+        return (x * (scale + self.offset if self.offset else scale)).astype(dtype)

@@ -205,7 +205,17 @@ class Residual(nn.Module):
 
 
 class KeysValues(nn.Module):
-    """Site inside an attention, after rotary embedding."""
+    """Site inside an attention, after rotary embedding. `context`: the keys are another sequence's, all there from the
+    start, so that decoding reads them and adds none. `keep`: whether later tokens may read them at all.
+    """
+
+    context: bool = False
+    keep: bool = True
+
+    def known(self) -> tuple[jax.Array, jax.Array] | None:
+        """The context's keys and values, virtual ones in front, where a cache has them."""
+        found = recall(self, "context_keys"), recall(self, "context_values")
+        return None if found[0] is None else found
 
     @nn.compact
     def __call__(self, k: jax.Array, v: jax.Array, mask: jax.Array, x: jax.Array, project: Callable) -> tuple:
@@ -214,13 +224,15 @@ class KeysValues(nn.Module):
         """
         record(self, "attention", k.shape[-2:], ("kv_heads", None))
         virtual = [more for node in nodes(self) if (more := node.keys_values(x, project)) is not None]
-        keys, values = recall(self, "keys"), recall(self, "values")
+        names = ("context_keys", "context_values") if self.context else ("keys", "values")
+        keys, values = recall(self, names[0]), recall(self, names[1])
         if keys is None:  # else the virtual ones are in front of the cache already
             for more in virtual:
                 k, v = (jnp.concatenate([_rows(new, old), old], axis=1) for new, old in ((more.k, k), (more.v, v)))
-        remember(self, "keys", k)
-        remember(self, "values", v)
-        if keys is not None:
+        if self.keep:
+            remember(self, names[0], k)
+            remember(self, names[1], v)
+        if keys is not None and not self.context:
             k, v = (jnp.concatenate([old, new.astype(old.dtype)], axis=1) for old, new in ((keys, k), (values, v)))
         gates = []
         for more in virtual:
@@ -244,7 +256,12 @@ def _rows(new: jax.Array, old: jax.Array) -> jax.Array:
 
 
 class Prompt(nn.Module):
-    """Site before the embedded sequence."""
+    """Site before the embedded sequence. `keep`: whether later tokens read its mask and positions. `virtual`: whether
+    there may be tokens before it; without, it only keeps.
+    """
+
+    keep: bool = True
+    virtual: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -254,15 +271,17 @@ class Prompt(nn.Module):
         shift..shift+P-1 and the text starts behind them. With a cache the tokens go on where it ends, and nothing
         comes before them.
         """
-        record(self, "embed", (x.shape[-1],), ("embed",))
+        if self.virtual:
+            record(self, "embed", (x.shape[-1],), ("embed",))
         past = self.past()
         if past is None:
             x, mask, positions = self._first(x, mask, positions)
         else:
             before, their = past
             positions = positions + 1 + jnp.max(jnp.where(before > 0, their, -1), axis=1, keepdims=True)
-        remember(self, "mask", mask)
-        remember(self, "positions", positions)
+        if self.keep:
+            remember(self, "mask", mask)
+            remember(self, "positions", positions)
         return x, mask, positions
 
     def past(self) -> tuple[jax.Array, jax.Array] | None:

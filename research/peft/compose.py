@@ -147,27 +147,27 @@ def on_layers(method: Method, layers: str) -> Method:
     """The method in some layers only; what it has outside the layers (virtual tokens, a shared matrix) stays.
 
     Args:
-        layers: numbers and ranges, "0-3|6". Of the base's leaves only those layers' train.
+        layers: numbers and ranges, "0-3|6", of each stack. Of the base's leaves only those layers' train.
     Raises FlagError for layers that the model has not, and where the method has nothing in layers.
     """
     numbers = _parse(layers)
     lifted = lift(method, _unwrap, lambda added: _wrap(added, numbers), lambda added: {}, ("peft",))
 
     def init(rng: jax.Array, sites: Sites) -> PyTree:
-        depth = max((_depth(path, site.stack) for path, site in sites.items() if path.startswith("layers")), default=0)
+        depth = max((_depth(path, site.stack) for path, site in sites.items() if tree.stack_name(path)), default=0)
         if max(numbers) >= depth:
             raise FlagError(f"layers={layers} is out of range: the model has layers 0-{depth - 1}.")
         return lifted.init(rng, sites)
 
     def chosen(path: str, mask: Any, leaf: Any) -> Any:
         """The mask of a leaf inside the layers, restricted to the chosen ones."""
-        first = path.split("/")[1]
+        first = tree.stack_name(path)
         if mask is False or isinstance(mask, jax.ShapeDtypeStruct):
             return mask
         if first == "layers":
             on = np.isin(np.arange(leaf.shape[0]), numbers).reshape(-1, *(1,) * (leaf.ndim - 1))
             return on if mask is True else np.logical_and(mask, on)
-        if first.startswith("layers_"):
+        if first:
             return mask if int(first.removeprefix("layers_")) in numbers else False
         return mask if path.startswith("peft/") else False
 
@@ -197,7 +197,7 @@ def _parse(layers: str) -> tuple[int, ...]:
 
 
 def _depth(path: str, stack: Any) -> int:
-    first = path.split("/")[0]
+    first = tree.stack_name(path)
     return stack.shape[0] if first == "layers" else int(first.removeprefix("layers_")) + 1
 
 
@@ -205,8 +205,8 @@ def _wrap(added: PyTree, numbers: tuple[int, ...]) -> PyTree:
     """Puts every node inside the layers into `On`."""
 
     def wrapped(path: str, node: Any) -> Any:
-        first = path.split("/")[0]
-        if not is_node(node) or not first.startswith("layers"):
+        first = tree.stack_name(path)
+        if not is_node(node) or not first:
             return node
         if first != "layers":
             return On(node, nn.LogicallyPartitioned(jnp.asarray(int(first[7:]) in numbers), ()), numbers)

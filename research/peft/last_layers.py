@@ -32,23 +32,28 @@ def last_layers(count: int = 1) -> Method:
 
     def trainable(variables: Variables) -> PyTree:
         mask = base_leaves(r"layers(_\d+)?/.*", variables)
-        depth = _depth(variables["params"])
-        if count > depth:
-            raise FlagError(f"count={count} is out of range: the model has {depth} layers, so at most {depth}.")
+        depths = _depths(variables["params"])
+        if count > (least := min(depths.values(), default=0)):
+            raise FlagError(f"count={count} is out of range: the model has {least} layers, so at most {least}.")
 
         def chosen(path: str, mask: bool, leaf: Any) -> Any:
-            first = path.split("/")[0]
-            if not mask or first != "layers":
-                return mask and int(first.removeprefix("layers_")) >= depth - count
-            return (np.arange(depth) >= depth - count).reshape(-1, *(1,) * (leaf.ndim - 1))
+            name = tree.stack_name(path)
+            first = depths.get(path.partition(name)[0], 0) - count if name else 0
+            if not mask or name != "layers":
+                return mask and int(name.removeprefix("layers_")) >= first
+            return (np.arange(len(leaf)) >= first).reshape(-1, *(1,) * (leaf.ndim - 1))
 
         return mask | {"params": tree.map_with_path(chosen, mask["params"], variables["params"])}
 
     return Method(init=lambda rng, sites: {}, trainable=trainable)
 
 
-def _depth(params: PyTree) -> int:
-    """The number of layers of a base, scanned or unrolled."""
-    if "layers" in params:
-        return next(iter(tree.paths(params["layers"]).values())).shape[0]
-    return sum(name.startswith("layers_") for name in params)
+def _depths(params: PyTree) -> dict[str, int]:
+    """The number of layers of each stack, scanned or unrolled, by what comes before it in its paths."""
+    found: dict[str, int] = {}
+    for path, leaf in tree.paths(params).items():
+        if name := tree.stack_name(path):
+            depth = leaf.shape[0] if name == "layers" else int(name.removeprefix("layers_")) + 1
+            where = path.partition(name)[0]
+            found[where] = max(depth, found.get(where, 0))
+    return found

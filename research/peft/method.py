@@ -76,7 +76,13 @@ def sites(model: nn.Module) -> Sites:
 def base(model: nn.Module) -> tuple[PyTree, PyTree]:
     """The base's abstract parameters and their logical axes, from shapes alone."""
     boxed = _abstract(model)[0]
-    return nn.unbox(boxed), axes(boxed)
+    return shapes(boxed), axes(boxed)
+
+
+def shapes(boxed: PyTree) -> PyTree:
+    """The leaves without their boxes. Under a mesh `nn.unbox` would constrain them, which a mere shape can't be."""
+    box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+    return jax.tree.map(lambda x: x.value if box(x) else x, boxed, is_leaf=box)
 
 
 def _abstract(model: nn.Module) -> tuple[PyTree, Sites]:
@@ -120,10 +126,11 @@ def parameters(variables: Variables) -> int:
     """
 
     def own(path: str, node: Node) -> int:
-        stack = 1 if path.startswith("layers/") else 0
+        name = tree.stack_name(path)
+        stack = int(name == "layers")
         if isinstance(node, On):
             whole, depth = own(path, node.node), node.on.shape[0] if stack else 1
-            here = len(node.layers) if stack else int(path.split("/")[0].removeprefix("layers_")) in node.layers
+            here = len(node.layers) if stack else int(name.removeprefix("layers_")) in node.layers
             return whole // depth * here
         names = [name for name in fields(node) if name not in node.inert]
         leaves = [(name, x) for name in names for x in jax.tree.leaves(getattr(node, name))]

@@ -9,6 +9,7 @@
 """
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -28,9 +29,16 @@ def paths(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> dict[st
     return {path_string(p): x for p, x in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)[0]}
 
 
+def stack_name(path: str) -> str:
+    """What a path names of a layer stack: "layers" where it is scanned, "layers_3" in a layer of an unrolled one, and
+    "" outside.
+    """
+    return next((name for name in path.split("/") if re.fullmatch(r"layers(_\d+)?", name)), "")
+
+
 def layer_paths(path: str, leaf: Any) -> list[str]:
     """The leaf's path in each layer of an unrolled stack; of a leaf outside the stack its own."""
-    if not path.startswith("layers/"):
+    if stack_name(path) != "layers":
         return [path]
     return [path.replace("layers", f"layers_{i}", 1) for i in range(leaf.shape[0])]
 

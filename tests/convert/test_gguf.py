@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from research.convert.gguf import GGUFSource, unpermute
+from research.convert.hf import import_params
 from research.convert.load import load
 from research.errors import ModelError
 
@@ -26,6 +27,11 @@ LAYER = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+}
+GEMMA = LAYER | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
 }
 TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 TOKENS = ["<unk>", "<s>", "</s>", *"acst12Ġ", "at", "cat", "cats", "Ġcats", "<tool>"]
@@ -44,7 +50,7 @@ def write(file: Path, name: str, architecture: str, change=None, tokenizer=None,
     """Writes a golden model as GGUF: names, the permutation where llama.cpp has it, and metadata."""
     config = json.loads((GOLDEN / name / "config.json").read_text())
     writer = gguf.GGUFWriter(file, architecture)
-    writer.add_block_count(2)
+    writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
@@ -54,7 +60,10 @@ def write(file: Path, name: str, architecture: str, change=None, tokenizer=None,
         writer.add_key_length(config["head_dim"])
         writer.add_value_length(config["head_dim"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_freq_base(theta or config["rope_parameters"]["rope_theta"])
+    ropes = config["rope_parameters"]
+    writer.add_rope_freq_base(theta or ropes.get("full_attention", ropes)["rope_theta"])
+    if architecture == "gemma3":
+        writer.add_sliding_window(config["sliding_window"])
     for key, value in (tokenizer or {}).items():
         getattr(writer, f"add_{key}")(value)
     if change:
@@ -65,9 +74,11 @@ def write(file: Path, name: str, architecture: str, change=None, tokenizer=None,
             target = TOP[stem]
         else:
             _, _, i, module = stem.split(".", 3)
-            target = f"blk.{i}.{LAYER[module]}"
+            target = f"blk.{i}.{(GEMMA if architecture == 'gemma3' else LAYER)[module]}"
             if architecture == "llama" and module in ("self_attn.q_proj", "self_attn.k_proj"):
                 value = permute(value, 4 if "q_proj" in module else 2)
+        if architecture == "gemma3" and stem.endswith("norm"):
+            value = value + 1
         if target in q8:
             kind = gguf.GGMLQuantizationType.Q8_0
             writer.add_tensor(f"{target}.{suffix}", gguf.quantize(value, kind), raw_dtype=kind)
@@ -163,7 +174,7 @@ def test_qwen_cuts_text_as_transformers_does(tmp_path):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("tokenizer_model", "llama", "tokenizer model 'llama' is not supported"),
+        ("tokenizer_model", "bert", "tokenizer model 'bert' is not supported"),
         ("tokenizer_pre", "smolm", "pre-tokenizer 'smolm'.*Did you mean 'smollm'"),
     ],
 )
@@ -174,8 +185,38 @@ def test_unknown_tokenizers_are_refused(tmp_path, key, value, message):
 
 
 def test_unknown_architecture_is_refused(tmp_path):
-    with pytest.raises(ModelError, match="architecture 'gemma3' is not supported. Valid: llama, qwen2, qwen3"):
-        GGUFSource(write(tmp_path / "m.gguf", "mistral", "gemma3"))
+    with pytest.raises(ModelError, match="architecture 'phi3' is not supported. Valid: gemma3, llama, qwen2, qwen3"):
+        GGUFSource(write(tmp_path / "m.gguf", "mistral", "phi3"))
+
+
+def test_gemmas_norms_names_and_window(tmp_path):
+    got, want = GGUFSource(write(tmp_path / "m.gguf", "gemma3", "gemma3")), load(str(GOLDEN / "gemma3"))
+    params = import_params(got.config, got)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), params, want.params)
+    assert got.config.sliding_window == 5 and got.config.family == "gemma3_text"
+
+
+SPM = {
+    "tokenizer_model": "llama",
+    "token_list": ["<pad>", "<eos>", "<bos>", "<unk>", "\n\n", "<0xE4>", "a", "b", "c", "ab", "bc", "▁", "▁a", "cab"],
+    "token_scores": [0.0] * 6 + [-9.0, -9.0, -9.0, -2.0, -1.0, -9.0, -3.0, -4.0],
+    "token_types": [3, 3, 3, 2, 4, 6, *[1] * 8],
+    "unk_token_id": 3,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "add_bos_token": True,
+    "add_space_prefix": False,
+}
+
+
+def test_sentencepiece_merges_by_score(tmp_path):
+    tokenizer = GGUFSource(write(tmp_path / "m.gguf", "gemma3", "gemma3", tokenizer=SPM)).tokenizer()
+    words = lambda text: tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])  # noqa: E731
+    assert words("abc") == ["<bos>", "a", "bc"]  # bc has a better score than ab
+    assert words("cab") == ["<bos>", "cab"] and words("cabc") == ["<bos>", "c", "a", "bc"]
+    assert words("a ab\n\nc") == ["<bos>", "a", "▁", "ab", "\n\n", "c"]
+    assert tokenizer.decode(tokenizer("a ab\n\nc")["input_ids"], skip_special_tokens=True) == "a ab\n\nc"
 
 
 def test_linear_scaling_is_kept_and_yarn_refused(tmp_path):

@@ -15,13 +15,15 @@ from research.convert import hf
 from research.convert.config import config_from_hf, config_to_hf
 from research.convert.export import write_safetensors
 from research.convert.load import load, load_config
+from research.convert.names import shape_of, table
 from research.errors import ModelError
-from research.models import bert, llama
+from research.models import bert, gemma, gpt2, llama, t5
 from research.models.registry import PRESETS, build
 from research.peft import tree
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-NAMES = ("bert", "roberta", "llama", "mistral", "qwen2", "qwen3")
+NAMES = ("bert", "roberta", "gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")
+SEQ2SEQ = ("t5", "t5_1_1")
 
 
 def pad_left(x: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -69,7 +71,20 @@ def test_outputs_are_those_of_transformers(name, side, scan):
 
 
 @pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", SEQ2SEQ)
+def test_outputs_of_an_encoder_decoder_are_those_of_transformers(name, side, scan):
+    base, want = load(str(GOLDEN / name), scan=scan), dict(np.load(GOLDEN / name / "outputs.npz"))
+    if side == "left":
+        want |= {k: pad_left(want[k], want["mask"]) for k in ("tokens", "mask")}
+    run = jax.jit(base.model.apply, static_argnames="method")
+    given = ({"params": base.params}, *(jnp.asarray(want[k]) for k in ("tokens", "mask", "targets")))
+    np.testing.assert_allclose(run(*given), want["hidden"], atol=1e-4)
+    np.testing.assert_allclose(run(*given, method="logits"), want["logits"], atol=1e-4)
+
+
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("name", NAMES + SEQ2SEQ)
 def test_tree_is_the_one_the_model_makes(name, scan):
     base = load(str(GOLDEN / name), scan=scan)
     init = jax.eval_shape(base.model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
@@ -79,7 +94,7 @@ def test_tree_is_the_one_the_model_makes(name, scan):
 
 
 @pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + SEQ2SEQ)
 def test_export_gives_back_every_tensor_bit_by_bit(name, scan, tmp_path):
     base = load(str(GOLDEN / name), scan=scan)
     write_safetensors(tmp_path / "x.safetensors", lambda: hf.export_tensors(base.config, base.params))
@@ -89,13 +104,13 @@ def test_export_gives_back_every_tensor_bit_by_bit(name, scan, tmp_path):
         np.testing.assert_array_equal(ours[key], value, err_msg=key)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + SEQ2SEQ)
 def test_config_round_trip(name):
     config = load_config(str(GOLDEN / name))
     assert config_from_hf(config_to_hf(config)) == config
 
 
-@pytest.mark.parametrize("name", bert.PRESETS | llama.PRESETS)
+@pytest.mark.parametrize("name", bert.PRESETS | gemma.PRESETS | gpt2.PRESETS | llama.PRESETS | t5.PRESETS)
 def test_every_preset_survives_config_json(name):
     config = PRESETS[name]
     back = config_from_hf(json.loads(json.dumps(config_to_hf(config))))
@@ -126,7 +141,7 @@ def test_sliding_window_counts_only_where_the_family_uses_it():
     ("name", "change", "message"),
     [
         ("llama", {"model_type": "lama"}, r"model_type 'lama'.*Did you mean 'llama'"),
-        ("llama", {"model_type": "t5"}, r"model_type 't5'.*Valid: bert, llama, mistral"),
+        ("llama", {"model_type": "t6"}, r"model_type 't6'.*Valid: bert, .*llama, mistral"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn'"),
         ("llama", {"attention_bias": True}, "attention_bias"),
         ("llama", {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
@@ -277,10 +292,10 @@ def test_pickles_are_refused(copy):
 
 def test_the_table_covers_a_full_size_model():
     """Shapes from the table alone agree with those of the real module."""
-    for name in ("roberta-large", "qwen3-8b", "llama3.2-1b"):
+    for name in ("roberta-large", "gpt2-xl", "qwen3-8b", "llama3.2-1b"):
         config = PRESETS[name]
         init = jax.eval_shape(build(config).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
         shapes = {k.removesuffix("/value"): v.shape for k, v in tree.paths(init).items()}
         stacked = {"layers": (config.num_layers,)}
-        ours = {r.ours: stacked.get(r.ours.split("/")[0], ()) + hf.shape_of(config, r) for r in hf.table(config)}
+        ours = {r.ours: stacked.get(r.ours.split("/")[0], ()) + shape_of(config, r) for r in table(config)}
         assert ours == shapes

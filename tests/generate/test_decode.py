@@ -44,9 +44,9 @@ def applies(spec: str) -> bool:
     return True
 
 
-def forced(spec: str, **changes) -> tuple[np.ndarray, np.ndarray]:
+def forced(spec: str, family: str = "decoder", **changes) -> tuple[np.ndarray, np.ndarray]:
     """Logits after the prompt and after each of ROOM more tokens: all at once, and one by one."""
-    case = tiny.case(spec, "decoder", **changes)
+    case = tiny.case(spec, family, **changes)
     tokens, mask = prompts()
     more = np.random.default_rng(6).integers(1, tiny.VOCAB, (tokens.shape[0], ROOM)).astype(np.int32)
     whole, ones = np.concatenate([tokens, more], axis=1), np.ones_like(more)
@@ -85,6 +85,13 @@ def test_cached_decoding_is_teacher_forcing(spec):
 @pytest.mark.parametrize("changes", [{"scan": False}, {"sliding_window": 3}], ids=str)
 def test_in_other_layouts(changes):
     full, cached = forced(CHAIN, **changes)
+    np.testing.assert_allclose(cached, full, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [True, False])
+def test_in_layers_of_two_kinds(scan):
+    full, cached = forced(CHAIN, "gemma", scan=scan)
     np.testing.assert_allclose(cached, full, atol=1e-4, rtol=1e-4)
 
 

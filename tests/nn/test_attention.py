@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 from research.models.llama import causal
-from research.nn.attention import Attention, attend
+from research.nn.attention import Attention, attend, slopes
 from research.nn.sites import Site
 
 
-def reference(q, k, v, mask):
+def reference(q, k, v, mask, scale=None, softcap=None, bias=0.0):
     """softmax over the allowed keys, one query at a time, in fp64."""
+    bias = np.broadcast_to(bias, (len(q), q.shape[2], q.shape[1], k.shape[1]))
     batch, t, heads, size = q.shape
     out = np.zeros((batch, t, heads, size))
     mask = np.broadcast_to(mask, (batch, t, k.shape[1]))
@@ -24,7 +25,9 @@ def reference(q, k, v, mask):
                 if not len(allowed):
                     out[b, i, h] = v[b, :, shared].mean(0)
                     continue
-                scores = k[b, allowed, shared] @ q[b, i, h] / np.sqrt(size)
+                scores = k[b, allowed, shared] @ q[b, i, h] * (size**-0.5 if scale is None else scale)
+                scores = scores if softcap is None else softcap * np.tanh(scores / softcap)
+                scores = scores + bias[b, h, i, allowed]
                 p = np.exp(scores - scores.max())
                 out[b, i, h] = (p / p.sum()) @ v[b, allowed, shared]
     return out.reshape(batch, t, heads * size)
@@ -108,3 +111,45 @@ def test_the_module_projects_and_records_its_sites():
     kinds = {name: (sites[name]["site"].kind, sites[name]["site"].shape) for name in sites}
     assert kinds["kv"] == ("attention", (2, 8)) and kinds["q"] == ("linear", (12, 32)) and kinds["k"][1] == (12, 16)
     assert all(isinstance(sites[name]["site"], Site) for name in sites)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_scale_soft_cap_and_bias(rows):
+    q, k, v = arrays(4, 2)
+    mask = np.random.default_rng(1).random((2, 6, 9)) < 0.6
+    mask[:, :, 0] = True
+    options = {"scale": 1.0, "softcap": 0.7, "bias": np.random.default_rng(2).normal(size=(rows, 4, 6, 9))}
+    found = attend(q, k, v, jnp.asarray(mask), **options | {"bias": jnp.asarray(options["bias"], jnp.float32)})
+    np.testing.assert_allclose(found, reference(q, k, v, mask, **options), atol=1e-5)
+
+
+def test_alibi_slopes_are_the_papers():
+    np.testing.assert_allclose(slopes(8), [2.0**-i for i in range(1, 9)])
+    np.testing.assert_allclose(slopes(12), [2.0**-i for i in range(1, 9)] + [2.0 ** -(i + 0.5) for i in range(4)])
+
+
+def test_alibi_adds_the_keys_position():
+    module, x = Attention(4, 4, 4, alibi=True), jax.random.normal(jax.random.key(0), (2, 5, 8))
+    mask, positions = jnp.tril(jnp.ones((5, 5), bool))[None].repeat(2, 0), jnp.arange(5) + jnp.array([[0], [3]])
+    p = nn.unbox(module.init(jax.random.key(1), x, mask, positions=positions))["params"]
+    q, k, v = ((x @ (p[name]["kernel"] + 0.1)).reshape(2, 5, 4, 4) for name in "qkv")
+    p = jax.tree.map(lambda w: w + 0.1, p)
+    bias = np.asarray(slopes(4))[None, :, None, None] * np.asarray(positions)[:, None, None]
+    expected = reference(q, k, v, mask, bias=bias) @ p["o"]["kernel"]
+    np.testing.assert_allclose(module.apply({"params": p}, x, mask, positions=positions), expected, atol=1e-5)
+
+
+def test_cross_attention_reads_the_other_sequence_and_then_its_cache():
+    module, rng = Attention(4, 2, 4, cross=True), np.random.default_rng(0)
+    x, other = (jnp.asarray(rng.normal(size=(2, t, 8)), jnp.float32) for t in (3, 5))
+    mask = jnp.asarray([[[1, 1, 1, 0, 0]], [[1, 1, 1, 1, 1]]], bool)
+    p = nn.unbox(module.init(jax.random.key(1), x, mask, context=other))["params"]
+    p = jax.tree.map(lambda w: w + 0.1, p)
+    q, k, v = (
+        (h @ p[name]["kernel"]).reshape(2, h.shape[1], -1, 4) for name, h in zip("qkv", (x, other, other), strict=True)
+    )
+    expected = reference(q, k, v, mask) @ p["o"]["kernel"]
+    found, state = module.apply({"params": p}, x, mask, context=other, mutable=["kept"])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    again = module.apply({"params": p, "cache": state["kept"]}, x[:, 1:2], mask)
+    np.testing.assert_allclose(again, expected[:, 1:2], atol=1e-5)

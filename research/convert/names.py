@@ -1,0 +1,198 @@
+"""What Hugging Face calls each leaf: one table of names and shapes a family, read in both directions.
+
+    ours (config.scan)            theirs                                          shape here
+    layers/attn/q/kernel          model.layers.{i}.self_attn.q_proj.weight        [L, D, H*K], theirs [H*K, D] a layer
+
+Kernels are `[in, out]` here and `[out, in]` there, so every leaf called `kernel` is transposed, but for GPT-2's, whose
+Conv1D has them as here. Where they fuse q, k and v in one tensor, three leaves of ours are parts of it.
+"""
+
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from research.convert.config import Config
+from research.models.bert import BertConfig
+from research.models.gemma import GemmaConfig
+from research.models.gpt2 import Gpt2Config
+from research.models.t5 import T5Config
+
+
+class Row(NamedTuple):
+    """A leaf of ours, its name in their files (`{i}` is the layer) and the letters of its shape, in our order.
+
+    conv: a kernel that is `[in, out]` in their files too. part: where their tensor is q, k and v along its last axis
+    (in our order), which of the three this leaf is.
+    """
+
+    ours: str
+    theirs: str
+    shape: str
+    conv: bool = False
+    part: int | None = None
+
+    @property
+    def transposed(self) -> bool:
+        return self.ours.endswith("kernel") and not self.conv
+
+
+def _pairs(ours: str, theirs: str, kernel: str, bias: str | None = None, **more: Any) -> list[Row]:
+    """A projection: kernel `[in, out]` and, if `bias` names its letter, a bias."""
+    rows = [Row(f"{ours}/kernel", f"{theirs}.weight", kernel, **more)]
+    return rows + ([Row(f"{ours}/bias", f"{theirs}.bias", bias, **more)] if bias else [])
+
+
+def _fused(theirs: str, **more: Any) -> list[Row]:
+    """Query, key and value that are one projection there."""
+    return [row for i, x in enumerate("qkv") for row in _pairs(f"layers/attn/{x}", theirs, "D D", "D", part=i, **more)]
+
+
+def _norm(ours: str, theirs: str) -> list[Row]:
+    return [Row(f"{ours}/scale", f"{theirs}.weight", "D"), Row(f"{ours}/bias", f"{theirs}.bias", "D")]
+
+
+BERT = (
+    Row("embed/tokens/embedding", "embeddings.word_embeddings.weight", "V D"),
+    Row("embed/positions/embedding", "embeddings.position_embeddings.weight", "P D"),
+    Row("embed/types/embedding", "embeddings.token_type_embeddings.weight", "S D"),
+    *_norm("embed/norm", "embeddings.LayerNorm"),
+    *_pairs("layers/attn/q", "encoder.layer.{i}.attention.self.query", "D D", "D"),
+    *_pairs("layers/attn/k", "encoder.layer.{i}.attention.self.key", "D D", "D"),
+    *_pairs("layers/attn/v", "encoder.layer.{i}.attention.self.value", "D D", "D"),
+    *_pairs("layers/attn/o", "encoder.layer.{i}.attention.output.dense", "D D", "D"),
+    *_norm("layers/attn_norm", "encoder.layer.{i}.attention.output.LayerNorm"),
+    *_pairs("layers/mlp/up", "encoder.layer.{i}.intermediate.dense", "D F", "F"),
+    *_pairs("layers/mlp/down", "encoder.layer.{i}.output.dense", "F D", "D"),
+    *_norm("layers/mlp_norm", "encoder.layer.{i}.output.LayerNorm"),
+)
+BERT_POOLER = tuple(_pairs("pooler", "pooler.dense", "D D", "D"))
+
+# Q is H*K, G the key and value heads' H*K, K one head's size.
+LLAMA = (
+    Row("embed/tokens/embedding", "embed_tokens.weight", "V D"),
+    Row("layers/attn_norm/scale", "layers.{i}.input_layernorm.weight", "D"),
+    *_pairs("layers/attn/q", "layers.{i}.self_attn.q_proj", "D Q"),
+    *_pairs("layers/attn/k", "layers.{i}.self_attn.k_proj", "D G"),
+    *_pairs("layers/attn/v", "layers.{i}.self_attn.v_proj", "D G"),
+    *_pairs("layers/attn/o", "layers.{i}.self_attn.o_proj", "Q D"),
+    Row("layers/mlp_norm/scale", "layers.{i}.post_attention_layernorm.weight", "D"),
+    *_pairs("layers/mlp/gate", "layers.{i}.mlp.gate_proj", "D F"),
+    *_pairs("layers/mlp/up", "layers.{i}.mlp.up_proj", "D F"),
+    *_pairs("layers/mlp/down", "layers.{i}.mlp.down_proj", "F D"),
+    Row("norm/scale", "norm.weight", "D"),
+)
+LLAMA_QKV_BIAS = tuple(
+    Row(f"layers/attn/{x}/bias", f"layers.{{i}}.self_attn.{x}_proj.bias", d) for x, d in zip("qkv", "QGG", strict=True)
+)
+LLAMA_QK_NORM = tuple(Row(f"layers/attn/{x}_norm/scale", f"layers.{{i}}.self_attn.{x}_norm.weight", "K") for x in "qk")
+LM_HEAD = Row("lm_head/kernel", "lm_head.weight", "D V")
+
+GPT2 = (
+    Row("embed/tokens/embedding", "wte.weight", "V D"),
+    Row("embed/positions/embedding", "wpe.weight", "P D"),
+    *_norm("layers/attn_norm", "h.{i}.ln_1"),
+    *_fused("h.{i}.attn.c_attn", conv=True),
+    *_pairs("layers/attn/o", "h.{i}.attn.c_proj", "D D", "D", conv=True),
+    *_norm("layers/mlp_norm", "h.{i}.ln_2"),
+    *_pairs("layers/mlp/up", "h.{i}.mlp.c_fc", "D F", "F", conv=True),
+    *_pairs("layers/mlp/down", "h.{i}.mlp.c_proj", "F D", "D", conv=True),
+    *_norm("norm", "ln_f"),
+)
+
+GEMMA = tuple(
+    row._replace(theirs=row.theirs.replace("post_attention_layernorm", "pre_feedforward_layernorm")) for row in LLAMA
+) + (
+    Row("layers/attn_post_norm/scale", "layers.{i}.post_attention_layernorm.weight", "D"),
+    Row("layers/mlp_post_norm/scale", "layers.{i}.post_feedforward_layernorm.weight", "D"),
+)
+
+
+def _t5(stack: str, gated: bool) -> list[Row]:
+    """One of T5's stacks. Its blocks number their sublayers."""
+    block, names = f"{stack}.block.{{i}}.layer", [("attn", "SelfAttention")]
+    names += [("cross_attn", "EncDecAttention")] if stack == "decoder" else []
+    rows = [
+        Row(
+            f"{stack}/relative/embedding",
+            f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+            "R N",
+        )
+    ]
+    for place, (ours, theirs) in enumerate(names):
+        rows.append(Row(f"{stack}/layers/{ours}_norm/scale", f"{block}.{place}.layer_norm.weight", "D"))
+        for x in "qkvo":
+            shape = "Q D" if x == "o" else "D Q"
+            rows += _pairs(f"{stack}/layers/{ours}/{x}", f"{block}.{place}.{theirs}.{x}", shape)
+    last = f"{block}.{len(names)}"
+    rows.append(Row(f"{stack}/layers/mlp_norm/scale", f"{last}.layer_norm.weight", "D"))
+    for ours, theirs in (("gate", "wi_0"), ("up", "wi_1")) if gated else (("up", "wi"),):
+        rows += _pairs(f"{stack}/layers/mlp/{ours}", f"{last}.DenseReluDense.{theirs}", "D F")
+    rows += _pairs(f"{stack}/layers/mlp/down", f"{last}.DenseReluDense.wo", "F D")
+    return [*rows, Row(f"{stack}/norm/scale", f"{stack}.final_layer_norm.weight", "D")]
+
+
+def table(config: Config) -> tuple[Row, ...]:
+    """Returns the rows of exactly the leaves that a model of this config has."""
+    if isinstance(config, BertConfig):
+        return BERT + (BERT_POOLER if config.pooler else ())
+    if isinstance(config, Gpt2Config):
+        rows = GPT2
+    elif isinstance(config, T5Config):
+        rows = (Row("embed/tokens/embedding", "shared.weight", "V D"),)
+        rows += tuple(row for stack in ("encoder", "decoder") for row in _t5(stack, config.gated))
+    elif isinstance(config, GemmaConfig):
+        rows = GEMMA + (LLAMA_QK_NORM if config.qk_norm else ())
+    else:
+        rows = LLAMA + (LLAMA_QKV_BIAS if config.qkv_bias else ()) + (LLAMA_QK_NORM if config.qk_norm else ())
+    return rows if config.tie_embeddings else (*rows, LM_HEAD)
+
+
+def shape_of(config: Config, row: Row) -> tuple[int, ...]:
+    """Shape of one layer's leaf, in our order."""
+    sizes = {"V": config.vocab_size, "D": config.hidden_size, "F": config.intermediate_size}
+    if isinstance(config, BertConfig):
+        sizes |= {"P": config.max_positions, "S": config.type_vocab_size}
+    elif isinstance(config, Gpt2Config):
+        sizes |= {"P": config.max_positions}
+    elif isinstance(config, T5Config):
+        sizes |= {"Q": config.num_heads * config.head_dim, "N": config.num_heads, "R": config.buckets}
+    else:
+        sizes |= {"Q": config.num_heads * config.head_dim, "G": config.num_kv_heads * config.head_dim}
+        sizes |= {"K": config.head_dim}
+    return tuple(sizes[letter] for letter in row.shape.split())
+
+
+def split(value: np.ndarray, part: int) -> np.ndarray:
+    """A third of the last axis: q, k or v of [..., 3 * H*K]."""
+    return np.split(value, 3, axis=-1)[part]
+
+
+def fuse(parts: list[np.ndarray]) -> np.ndarray:
+    """The inverse, of all three."""
+    return np.concatenate(parts, axis=-1)
+
+
+def prefix(config: Config, headless: bool = False) -> str:
+    """Their prefix of all but a head: BertModel has none (`headless`), BertForX `bert.`, GPT-2 `transformer.`, T5
+    none, LLaMA `model.`.
+    """
+    if isinstance(config, BertConfig):
+        return "" if headless else f"{config.family}."
+    if isinstance(config, T5Config):
+        return ""
+    return "transformer." if isinstance(config, Gpt2Config) else "model."
+
+
+def depth(config: Config, row: Row) -> int:
+    """How many layers have the row's leaf; 1 for a leaf outside of them."""
+    if "{i}" not in row.theirs:
+        return 1
+    return config.num_decoder_layers if row.ours.startswith("decoder/") else config.num_layers
+
+
+def canonical(config: Config, name: str) -> str:
+    """Their name without prefix and in today's spelling (BERT's first files say gamma and beta)."""
+    start = r"(bert|roberta)\." if isinstance(config, BertConfig) else re.escape(prefix(config))
+    name = re.sub(f"^{start}", "", name)
+    return re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name))
