@@ -66,7 +66,9 @@ def generate(
     def pick(
         i: jax.Array, logits: jax.Array, done: jax.Array, out: Generated
     ) -> tuple[jax.Array, jax.Array, Generated]:
-        token = sampling.draw(jax.vmap(lambda k: jax.random.fold_in(k, i))(keys), logits)
+        said = jnp.concatenate([tokens, out.tokens], axis=1), jnp.concatenate([mask, out.mask], axis=1) > 0
+        allowed = sampling.constrained(logits, *said, tokens.shape[1] + i)
+        token = sampling.draw(jax.vmap(lambda k: jax.random.fold_in(k, i))(keys), allowed)
         logprob = -cross_entropy(logits, token)
         token = jnp.where(done, pad, token)
         new = Generated(token, (~done).astype(jnp.int32), jnp.where(done, 0.0, logprob))

@@ -45,3 +45,23 @@ def test_draws_have_their_probabilities():
 def test_values_out_of_range_are_refused(options):
     with pytest.raises(FlagError, match=f"{next(iter(options))}="):
         Sampling(**options)
+
+
+def test_repetition_penalty_is_ctrls():
+    logits = np.array([[2.0, -1.0, 0.5, 3.0], [2.0, -1.0, 0.5, 3.0]], np.float32)
+    tokens, real = np.array([[3, 0, 1], [3, 0, 1]]), np.array([[0, 1, 1], [1, 1, 0]], bool)
+    found = Sampling(repetition_penalty=2.0).constrained(logits, tokens, real, 3)
+    np.testing.assert_allclose(found, [[1.0, -2.0, 0.5, 3.0], [1.0, -1.0, 0.5, 1.5]])
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_no_ngram_comes_twice(n):
+    rng = np.random.default_rng(0)
+    tokens, lengths, end = rng.integers(0, 3, (20, 9)), rng.integers(3, 8, 20), 7
+    real = (np.arange(9) >= end - lengths[:, None]) & (np.arange(9) < end)
+    found = np.asarray(Sampling(no_repeat_ngram=n).constrained(np.zeros((20, 4), np.float32), tokens, real, end))
+    for row in range(20):
+        said = tokens[row, end - lengths[row] : end].tolist()
+        grams = {tuple(said[i : i + n]) for i in range(len(said) - n + 1)}
+        banned = [t for t in range(4) if tuple([*said[len(said) - n + 1 :], t][-n:]) in grams]
+        assert np.flatnonzero(np.isneginf(found[row])).tolist() == banned
