@@ -4,21 +4,23 @@ What a config asks for and the models here do not compute (yarn, biases on every
 some layers only) is an error, never a model that is quietly different.
 """
 
-from research.convert import config_gemma, config_t5
+from research.convert import config_bloom, config_gemma, config_t5
 from research.convert.config_parts import ACTIVATIONS, Json, refuse, rope, rope_to_hf, their_activation
 from research.errors import ModelError, did_you_mean
 from research.models.bert import BertConfig
+from research.models.bloom import BloomConfig
 from research.models.gemma import GemmaConfig
 from research.models.gpt2 import Gpt2Config
 from research.models.llama import LlamaConfig
 from research.models.registry import Config
 from research.models.t5 import T5Config
 
-FAMILIES = ("bert", "roberta", "gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "t5")
+FAMILIES = ("bert", "roberta", "gpt2", "bloom", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "t5")
 ARCHITECTURES = {
     "bert": "Bert",
     "roberta": "Roberta",
     "gpt2": "GPT2",
+    "bloom": "Bloom",
     "llama": "Llama",
     "mistral": "Mistral",
     "qwen2": "Qwen2",
@@ -53,6 +55,8 @@ def config_from_hf(hf: Json) -> Config:
             return config_gemma.from_hf(family, hf)
         if family == "t5":
             return config_t5.from_hf(hf)
+        if family == "bloom":
+            return config_bloom.from_hf(hf)
         return _gpt2(hf) if family == "gpt2" else _llama(family, _SILENT[family] | hf)
     except KeyError as e:
         raise ModelError(f"config.json of a {family} model has no {e.args[0]!r}.") from e
@@ -167,6 +171,8 @@ def config_to_hf(config: Config) -> Json:
         return _gpt2_to_hf(config)
     if isinstance(config, T5Config):
         return config_t5.to_hf(config)
+    if isinstance(config, BloomConfig):
+        return config_bloom.to_hf(config)
     shared: Json = {
         "model_type": config.family,
         "vocab_size": config.vocab_size,

@@ -5,7 +5,9 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from research.peft import tree
 
@@ -21,11 +23,6 @@ def fingerprint(params: tree.PyTree, config: Any = None) -> str:
     model of the same weights have one fingerprint. Leaves are hashed apart, in threads (hashing releases the
     interpreter's lock), and the sorted list of their digests once more: 135 M parameters take about half a second.
     """
-    slices: list[tuple[str, np.ndarray]] = []
-    for path, leaf in tree.paths(params).items():
-        value = np.asarray(leaf)
-        names = tree.layer_paths(path, value)
-        slices += [(path, value)] if names == [path] else list(zip(names, value, strict=True))
 
     def line(item: tuple[str, np.ndarray]) -> str:
         path, value = item
@@ -33,12 +30,24 @@ def fingerprint(params: tree.PyTree, config: Any = None) -> str:
         data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
         return f"{path} {value.dtype.name} {list(value.shape)} {hashlib.sha256(data).hexdigest()}"
 
+    lines: list[str] = []
     with ThreadPoolExecutor() as pool:
-        lines = sorted(pool.map(line, slices))
+        for path, leaf in tree.paths(params).items():  # one leaf at a time is on the host whole
+            value, names = _whole(leaf), tree.layer_paths(path, leaf)
+            slices = [(path, value)] if names == [path] else list(zip(names, value, strict=True))
+            lines += pool.map(line, slices)
+    lines.sort()
     if config is not None:
         fields = dataclasses.asdict(config)
         lines += [f"{name} = {_plain(fields[name])}" for name in sorted(fields.keys() - set(NOT_FUNCTIONAL))]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _whole(leaf: Any) -> np.ndarray:
+    """One leaf on the host; of a leaf whose shards lie with several processes each gets the others'."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    return np.asarray(leaf)
 
 
 def _plain(value: Any) -> str:

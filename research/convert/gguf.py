@@ -73,8 +73,8 @@ class GGUFSource:
         factors = next((t.data for t in reader.tensors if t.name == ROPE_FACTORS), None)
         self.config: Config = self._config(factors)
 
-    def read(self, name: str) -> np.ndarray:
-        """Returns one tensor, dequantised to float32, in Hugging Face's layout and row order."""
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """Returns one tensor, dequantised to float32, in Hugging Face's layout and row order, or a part of it."""
         import gguf
 
         tensor = self._tensors[name]
@@ -83,7 +83,7 @@ class GGUFSource:
             value = unpermute(value, heads)
         if self.architecture == "gemma3" and name.endswith("norm.weight"):
             value = value - 1.0  # the file has the 1 of Gemma's 1 + w in it
-        return value
+        return value[index]
 
     def _heads(self, name: str) -> int | None:
         module = name.split(".")[-2]

@@ -6,7 +6,7 @@ A source of weights is anything with `shapes` and `read(name)`: safetensors file
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,7 +35,7 @@ class Source(Protocol):
     label: str
     shapes: dict[str, tuple[int, ...]]
 
-    def read(self, name: str) -> np.ndarray: ...
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray: ...
 
 
 class SafetensorsSource:
@@ -61,12 +61,12 @@ class SafetensorsSource:
             self.shapes |= shapes
             self._file |= dict.fromkeys(shapes, handle)
 
-    def read(self, name: str) -> np.ndarray:
-        """Returns one tensor; bfloat16 arrives as ml_dtypes.bfloat16."""
+    def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """Returns one tensor, or the part of it that `index` cuts out; bfloat16 arrives as ml_dtypes.bfloat16."""
         from safetensors import SafetensorError
 
         try:
-            return self._file[name].get_tensor(name)
+            return self._file[name].get_slice(name)[index] if index else self._file[name].get_tensor(name)
         except (SafetensorError, TypeError, AttributeError) as e:
             raise ModelError(f"{self.label}: {name} cannot be read ({e}).") from e
 
@@ -128,17 +128,19 @@ def _equal(source: Source, a: str, b: str | None) -> bool:
     return b is not None and source.shapes[a] == source.shapes[b] and np.array_equal(source.read(a), source.read(b))
 
 
-def import_params(config: Config, source: Source) -> tree.PyTree:
+def import_params(config: Config, source: Source, places: tree.PyTree = None) -> tree.PyTree:
     """Reads a model's `params` leaf by leaf, stacked over layers if `config.scan`, in `config.param_dtype`.
 
-    Returns the tree that `build(config).init` would make. At no time does more than one leaf exist twice.
+    places: shardings of the tree. Each process then reads only what its own devices hold, straight into their shards;
+    without them every leaf is whole on one device. At no time does more than one leaf exist twice.
+    Returns the tree that `build(config).init` would make.
     Raises ModelError: missing, unexpected or mis-shaped tensors.
     """
-    names = match(config, source)
-    dtype = jnp.dtype(config.param_dtype)
+    names, dtype = match(config, source), jnp.dtype(config.param_dtype)
+    where = {} if places is None else tree.paths(places)
     flat: dict[str, jax.Array] = {}
 
-    def read(row: Row, i: int) -> np.ndarray:
+    def read(row: Row, i: int, index: tuple[slice, ...]) -> np.ndarray:
         name, shape = names[row.theirs.format(i=i)], shape_of(config, row)
         whole = shape if row.part is None else (*shape[:-1], 3 * shape[-1])
         theirs = whole[::-1] if row.transposed else whole
@@ -147,23 +149,44 @@ def import_params(config: Config, source: Source) -> tree.PyTree:
                 f"{source.label}: {name} has shape {list(source.shapes[name])}, the config wants {list(theirs)} "
                 f"(for {row.ours})."
             )
+        if row.part is None:
+            value = source.read(name, index[::-1] if row.transposed else index)
+            return value.T if row.transposed else value
         value = source.read(name)
-        value = value.T if row.transposed else value
-        return value if row.part is None else split(value, row.part)
+        return split(config, value.T if row.transposed else value, row.part)[index]
+
+    def leaf(path: str, shape: tuple[int, ...], cut: Callable[[tuple[slice, ...]], np.ndarray]) -> None:
+        everything = tuple(slice(0, size) for size in shape)
+        own = lambda index: np.ascontiguousarray(cut(_bounded(index, shape)), dtype)  # noqa: E731
+        if path in where:
+            flat[path] = jax.make_array_from_callback(shape, where[path], own)
+        else:
+            flat[path] = jnp.asarray(own(everything))
 
     for row in table(config):
+        shape, layers = shape_of(config, row), depth(config, row)
         if "{i}" not in row.theirs:
-            flat[row.ours] = jnp.asarray(np.ascontiguousarray(read(row, 0), dtype))
+            leaf(row.ours, shape, lambda index, row=row: read(row, 0, index))
         elif config.scan:
-            whole = np.empty((depth(config, row), *shape_of(config, row)), dtype)
-            for i in range(len(whole)):
-                whole[i] = read(row, i)
-            flat[row.ours] = jnp.asarray(whole)
+
+            def stacked(index: tuple[slice, ...], row: Row = row) -> np.ndarray:
+                count = index[0].stop - index[0].start
+                out = np.empty((count, *(part.stop - part.start for part in index[1:])), dtype)
+                for place in range(count):
+                    out[place] = read(row, index[0].start + place, index[1:])
+                return out
+
+            leaf(row.ours, (layers, *shape), stacked)
         else:
-            for i in range(depth(config, row)):
+            for i in range(layers):
                 path = row.ours.replace("layers/", f"layers_{i}/", 1)
-                flat[path] = jnp.asarray(np.ascontiguousarray(read(row, i), dtype))
+                leaf(path, shape, lambda index, row=row, i=i: read(row, i, index))
     return tree.unflatten(flat)
+
+
+def _bounded(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
+    """The same slices with both ends said."""
+    return tuple(slice(*part.indices(size)[:2]) for part, size in zip(index, shape, strict=True))
 
 
 def export_tensors(config: Config, params: tree.PyTree, headless: bool = True) -> Iterator[tuple[str, np.ndarray]]:
@@ -193,5 +216,5 @@ def export_tensors(config: Config, params: tree.PyTree, headless: bool = True) -
         their = row.theirs if row is LM_HEAD else start + row.theirs
         for i in range(depth(config, row)):
             parts = [leaf(other, i) for other in rows if other.theirs == row.theirs]
-            value = parts[0] if row.part is None else fuse(parts)
+            value = parts[0] if row.part is None else fuse(config, parts)
             yield their.format(i=i), value.T if row.transposed else value

@@ -136,11 +136,12 @@ def signed(node: Any, value: np.ndarray) -> np.ndarray:
 def linears(config: Config, headless: bool) -> dict[str, tuple[str, int]]:
     """{their module's name: (our site, as if scanned, and the layer)} of every projection.
 
-    headless: names of the bare model (BertModel, LlamaModel), not of one with a head.
+    headless: names of the bare model (BertModel, LlamaModel), not of one with a head. A part of a projection that they
+    fuse (GPT-2's and BLOOM's query, key and value) has no module of its own.
     """
     start, out = "" if headless else prefix(config), {}
     for row in table(config):
-        if row.ours.endswith("/kernel"):
+        if row.ours.endswith("/kernel") and row.part is None:
             name = (row.theirs if row is LM_HEAD else start + row.theirs).removesuffix(".weight")
             out |= {name.format(i=i): (row.ours.removesuffix("/kernel"), i) for i in range(depth(config, row))}
     return out

@@ -139,7 +139,10 @@ def _write_nodes(
             tensors |= {f"base_model.{key.suffix}": key.write(getattr(inner, key.field)) for key in keys.of(inner)[1]}
             continue
         site = sites[path.rpartition("/")[0]]
-        for place in keys.places(path, names, site.stack.shape[0] if site.stack.shape else 1):
+        here = keys.places(path, names, site.stack.shape[0] if site.stack.shape else 1)
+        if not here:
+            raise ModelError(f"{path}: {config.family}'s files have no module for this projection alone.")
+        for place in here:
             one = jax.tree.map(lambda x, place=place: x[place.index], inner)
             one = _plain(one) if isinstance(one, Start) else one
             rows = keys.rows(one, fresh)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,7 @@ def load(
     remat: str = "none",
     untie: bool = False,
     seed: int = 0,
+    places: Callable[[tree.PyTree, tree.PyTree], tree.PyTree] | None = None,
 ) -> Pretrained:
     """Loads weights and tokenizer.
 
@@ -71,6 +73,7 @@ def load(
       dtype, param_dtype: of the computation and of the parameters. scan, remat: see the model's config.
       untie: give a model whose output is its token table a projection of its own.
       seed: of the random models.
+      places: (logical axes, shapes) -> shardings, where the parameters go straight into their shards.
     Raises ModelError: nothing of that name, or files that are broken or not supported.
     """
     options = {"dtype": dtype, "param_dtype": param_dtype, "scan": scan, "remat": remat}
@@ -83,7 +86,8 @@ def load(
         source = GGUFSource(path) if path.is_file() else hf.SafetensorsSource(path)
         config = source.config if isinstance(source, GGUFSource) else _as_saved(_read_config(path), source)
         config = dataclasses.replace(config, **options)
-        params = hf.import_params(config, source)
+        shapes, axes = method.base(build(config))
+        params = hf.import_params(config, source, None if places is None else places(axes, shapes))
         tokenizer = source.tokenizer() if isinstance(source, GGUFSource) else _tokenizer(path)
     if untie:
         params, config = tie.untie(params, config)

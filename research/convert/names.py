@@ -14,6 +14,7 @@ import numpy as np
 
 from research.convert.config import Config
 from research.models.bert import BertConfig
+from research.models.bloom import BloomConfig
 from research.models.gemma import GemmaConfig
 from research.models.gpt2 import Gpt2Config
 from research.models.t5 import T5Config
@@ -100,6 +101,18 @@ GPT2 = (
     *_norm("norm", "ln_f"),
 )
 
+BLOOM = (
+    Row("embed/tokens/embedding", "word_embeddings.weight", "V D"),
+    *_norm("embed/norm", "word_embeddings_layernorm"),
+    *_norm("layers/attn_norm", "h.{i}.input_layernorm"),
+    *_fused("h.{i}.self_attention.query_key_value"),
+    *_pairs("layers/attn/o", "h.{i}.self_attention.dense", "D D", "D"),
+    *_norm("layers/mlp_norm", "h.{i}.post_attention_layernorm"),
+    *_pairs("layers/mlp/up", "h.{i}.mlp.dense_h_to_4h", "D F", "F"),
+    *_pairs("layers/mlp/down", "h.{i}.mlp.dense_4h_to_h", "F D", "D"),
+    *_norm("norm", "ln_f"),
+)
+
 GEMMA = tuple(
     row._replace(theirs=row.theirs.replace("post_attention_layernorm", "pre_feedforward_layernorm")) for row in LLAMA
 ) + (
@@ -138,6 +151,8 @@ def table(config: Config) -> tuple[Row, ...]:
         return BERT + (BERT_POOLER if config.pooler else ())
     if isinstance(config, Gpt2Config):
         rows = GPT2
+    elif isinstance(config, BloomConfig):
+        rows = BLOOM
     elif isinstance(config, T5Config):
         rows = (Row("embed/tokens/embedding", "shared.weight", "V D"),)
         rows += tuple(row for stack in ("encoder", "decoder") for row in _t5(stack, config.gated))
@@ -155,6 +170,8 @@ def shape_of(config: Config, row: Row) -> tuple[int, ...]:
         sizes |= {"P": config.max_positions, "S": config.type_vocab_size}
     elif isinstance(config, Gpt2Config):
         sizes |= {"P": config.max_positions}
+    elif isinstance(config, BloomConfig):
+        pass
     elif isinstance(config, T5Config):
         sizes |= {"Q": config.num_heads * config.head_dim, "N": config.num_heads, "R": config.buckets}
     else:
@@ -163,25 +180,31 @@ def shape_of(config: Config, row: Row) -> tuple[int, ...]:
     return tuple(sizes[letter] for letter in row.shape.split())
 
 
-def split(value: np.ndarray, part: int) -> np.ndarray:
-    """A third of the last axis: q, k or v of [..., 3 * H*K]."""
-    return np.split(value, 3, axis=-1)[part]
+def split(config: Config, value: np.ndarray, part: int) -> np.ndarray:
+    """A third of the last axis, q, k or v: of [..., 3 * H*K] in GPT-2's files, of [..., H * 3*K] in BLOOM's."""
+    lead = value.shape[:-1]
+    return value.reshape(*lead, _groups(config), 3, -1)[..., part, :].reshape(*lead, -1)
 
 
-def fuse(parts: list[np.ndarray]) -> np.ndarray:
+def fuse(config: Config, parts: list[np.ndarray]) -> np.ndarray:
     """The inverse, of all three."""
-    return np.concatenate(parts, axis=-1)
+    lead = parts[0].shape[:-1]
+    return np.stack([x.reshape(*lead, _groups(config), -1) for x in parts], axis=-2).reshape(*lead, -1)
+
+
+def _groups(config: Config) -> int:
+    return config.num_heads if isinstance(config, BloomConfig) else 1
 
 
 def prefix(config: Config, headless: bool = False) -> str:
-    """Their prefix of all but a head: BertModel has none (`headless`), BertForX `bert.`, GPT-2 `transformer.`, T5
-    none, LLaMA `model.`.
+    """Their prefix of all but a head: BertModel has none (`headless`), BertForX `bert.`, GPT-2 and BLOOM
+    `transformer.`, T5 none, LLaMA `model.`.
     """
     if isinstance(config, BertConfig):
         return "" if headless else f"{config.family}."
     if isinstance(config, T5Config):
         return ""
-    return "transformer." if isinstance(config, Gpt2Config) else "model."
+    return "transformer." if isinstance(config, Gpt2Config | BloomConfig) else "model."
 
 
 def depth(config: Config, row: Row) -> int:

@@ -16,7 +16,7 @@ from research.convert.load import load
 from research.errors import ModelError
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-NAMES = ("bert", "roberta", "gpt2", "llama", "mistral", "qwen2", "qwen3")
+NAMES = ("bert", "roberta", "gpt2", "bloom", "llama", "mistral", "qwen2", "qwen3")
 
 
 def names(folder: Path) -> set[str]:

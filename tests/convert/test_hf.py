@@ -17,12 +17,13 @@ from research.convert.export import write_safetensors
 from research.convert.load import load, load_config
 from research.convert.names import shape_of, table
 from research.errors import ModelError
-from research.models import bert, gemma, gpt2, llama, t5
+from research.models import bert, bloom, gemma, gpt2, llama, t5
 from research.models.registry import PRESETS, build
 from research.peft import tree
+from research.train.mesh import make_mesh, shardings
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-NAMES = ("bert", "roberta", "gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")
+NAMES = ("bert", "roberta", "gpt2", "bloom", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")
 SEQ2SEQ = ("t5", "t5_1_1")
 
 
@@ -110,7 +111,7 @@ def test_config_round_trip(name):
     assert config_from_hf(config_to_hf(config)) == config
 
 
-@pytest.mark.parametrize("name", bert.PRESETS | gemma.PRESETS | gpt2.PRESETS | llama.PRESETS | t5.PRESETS)
+@pytest.mark.parametrize("name", [name for family in (bert, bloom, gemma, gpt2, llama, t5) for name in family.PRESETS])
 def test_every_preset_survives_config_json(name):
     config = PRESETS[name]
     back = config_from_hf(json.loads(json.dumps(config_to_hf(config))))
@@ -299,3 +300,27 @@ def test_the_table_covers_a_full_size_model():
         stacked = {"layers": (config.num_layers,)}
         ours = {r.ours: stacked.get(r.ours.split("/")[0], ()) + shape_of(config, r) for r in table(config)}
         assert ours == shapes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+def test_straight_into_shards(name, scan, monkeypatch):
+    """Each device holds its own part, the numbers are the same, and no kernel that is sharded is ever read whole."""
+    want, asked = load(str(GOLDEN / name), scan=scan), []
+    real = hf.SafetensorsSource.read
+
+    def read(self, tensor, index=()):
+        value = real(self, tensor, index)
+        asked.append((tensor, value.size))
+        return value
+
+    monkeypatch.setattr(hf.SafetensorsSource, "read", read)
+    mesh = make_mesh("fsdp:4,tensor:2")
+    got = load(str(GOLDEN / name), scan=scan, places=lambda axes, shapes: shardings(axes, shapes, mesh))
+    assert got.fingerprint == want.fingerprint
+    kernels = {path: leaf for path, leaf in tree.paths(got.params).items() if "kernel" in path and "layers" in path}
+    assert all(leaf.addressable_shards[0].data.size * 8 == leaf.size for leaf in kernels.values())
+    if name != "gpt2":  # whose q, k and v are one tensor
+        most = max(size for tensor, size in asked if "self_attn.q_proj" in tensor or "SelfAttention.q." in tensor)
+        assert most == 32 * 32 // 8

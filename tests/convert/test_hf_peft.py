@@ -391,3 +391,19 @@ def test_scales_without_a_feed_forward_one(copy, tmp_path):
     assert registry.parse(found.spec) and "feedforward=" in found.spec
     hf_peft.save(tmp_path / "out", found.spec, found.variables, model.config, sites)
     equal(tensors(tmp_path / "out"), tensors(folder), "ia3")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom"])
+def test_a_part_of_a_fused_projection_is_not_written(name, tmp_path):
+    model = load(str(GOLDEN / name))
+    sites = peft.sites(model.model)
+
+    def write(spec):
+        added = peft.init(registry.parse(spec), jax.random.key(0), sites)
+        hf_peft.save(tmp_path / "x", spec, {"params": model.params, "peft": added}, model.config, sites)
+
+    with pytest.raises(ModelError, match="no module for this projection alone"):
+        write("lora:rank=2,targets=attn/(v|o)")
+    assert not (tmp_path / "x").exists()
+    write("lora:rank=2,targets=attn/o|mlp/up")
+    assert len(load_file(tmp_path / "x" / "adapter_model.safetensors")) == 2 * 2 * 2

@@ -54,10 +54,10 @@ def no_hub(monkeypatch):
     ("name", "message"),
     [
         ("minilm-16", "no model 'minilm-16'.*Did you mean 'minilm-l6'"),
-        ("./nowhere", "no model './nowhere'.*Valid: minilm-l6, smoke, smoke-llama, smollm2-135m-instruct"),
+        ("./nowhere", "no model './nowhere'.*Valid: gemma3-270m, minilm-l6, smoke, smoke-llama, smollm2-135m-instruct"),
         ("lost.gguf", "no model 'lost.gguf'"),
         ("bert-base", "'bert-base' is a preset of shapes without weights"),
-        ("org/name@main", r"no local directory 'org/name@main'.*hub \(Name or service not known\).*Valid: minilm-l6"),
+        ("org/name@main", r"no local directory 'org/name@main'.*hub \(Name or service not known\).*Valid: gemma3-270m"),
     ],
 )
 def test_unknown_names(no_hub, name, message):

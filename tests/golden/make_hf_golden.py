@@ -44,10 +44,13 @@ ROPES = {"full_attention": {"rope_type": "linear", "rope_theta": 5000.0, "factor
 T5 = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 3}
 T5 |= {"num_heads": 4, "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20}
 T5 |= {"decoder_start_token_id": 0, "initializer_factor": 0.3}
+BLOOM = {"vocab_size": VOCAB, "hidden_size": 24, "n_layer": 2, "n_head": 6, "initializer_range": 0.2}
 MODELS = {
     "bert": (hf.BertModel, hf.BertConfig(**SHARED, max_position_embeddings=40), {}),
     "roberta": (hf.RobertaModel, hf.RobertaConfig(**ROBERTA), {"add_pooling_layer": False}),
     "gpt2": (hf.GPT2LMHeadModel, hf.GPT2Config(**GPT2), {}),
+    # Six heads: slopes of a number that is no power of two.
+    "bloom": (hf.BloomForCausalLM, hf.BloomConfig(**BLOOM), {}),
     "llama": (hf.LlamaForCausalLM, hf.LlamaConfig(**GQA, rope_parameters=LLAMA3), {}),
     "mistral": (hf.MistralForCausalLM, hf.MistralConfig(**GQA, sliding_window=8, rope_parameters=THETA), {}),
     "qwen2": (hf.Qwen2ForCausalLM, hf.Qwen2Config(**GQA, rope_parameters=THETA, tie_word_embeddings=True), {}),

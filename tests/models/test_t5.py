@@ -63,7 +63,9 @@ def test_buckets(two_sided):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{}, {"scan": False}, {"gated": False, "tie_embeddings": True, "scale_outputs": True}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"scan": False}, {"gated": False, "tie_embeddings": True, "scale_outputs": True}], ids=str
+)
 def test_cached_decoding_is_teacher_forcing(changes):
     model, v = point(MANY, **changes)
     tokens, mask = sources()
