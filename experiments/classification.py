@@ -2,48 +2,34 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from research.convert.load import Pretrained, load
+from experiments import training
+from experiments.training import Run
+from research.convert.load import Pretrained
 from research.data import text, tokenize
 from research.data.batches import Batches, eval_batches
-from research.errors import FlagError, ModelError
+from research.errors import FlagError
 from research.models.bert import BertConfig
 from research.nn.sites import EmbedNode
 from research.peft import adapter, registry, tree
 from research.peft import method as peft
-from research.peft.method import Method, PyTree, Sites, Variables, fold
+from research.peft.method import PyTree, Sites, Variables
 from research.peft.prefix import Prefix
 from research.tasks import classify
-from research.train import checkpoint, optimizer, step
 from research.train import state as states
+from research.train import step
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How to train. learning_rate is the peak; warmup is in steps, or a fraction of them when below 1."""
+class Recipe(training.Recipe):
+    """How to train, and the tokens that a row is cut to."""
 
-    learning_rate: float
-    steps: int = 300
-    batch_size: int = 32
-    micro_batches: int = 1
     max_length: int = 48
-    optimizer: str = "adamw"
-    schedule: str = "linear"
-    warmup: float = 0.06
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
-
-    def tx(self) -> optax.GradientTransformation:
-        """The optimiser."""
-        shape = {"schedule": self.schedule, "steps": self.steps, "warmup": self.warmup}
-        return optimizer.make(self.optimizer, self.learning_rate, weight_decay=self.weight_decay, **shape)
 
 
 class Data(NamedTuple):
@@ -54,14 +40,6 @@ class Data(NamedTuple):
     test: dict[str, np.ndarray]
     class_names: tuple[str, ...]
     fingerprint: str
-
-
-def load_base(name: str, **options: Any) -> Pretrained:
-    """`load` for sentences. Raises ModelError for a model without a tokenizer."""
-    base = load(name, **options)
-    if base.tokenizer is None:
-        raise ModelError(f"{name} comes without a tokenizer, so it can't read sentences: its directory needs one.")
-    return base
 
 
 def load_data(source: str, tokenizer: Any, max_length: int) -> Data:
@@ -77,89 +55,23 @@ def load_data(source: str, tokenizer: Any, max_length: int) -> Data:
     return Data(**parts, class_names=splits.class_names, fingerprint=fingerprint)
 
 
-class Run(NamedTuple):
-    """A method on a base, ready to train. `state` has a leading seed axis where several seeds were given; `mask` is the
-    first one's.
-    """
-
-    method: Method
-    sites: Sites
-    mask: Any
-    state: states.TrainState
-    frozen: Variables
-    step: step.Step
-    evaluate: Callable[..., dict[str, Any] | None]
-    predict: Callable[..., jax.Array]
-
-
 def start(
-    base: Pretrained, spec: str, classes: int, data: dict[str, np.ndarray], recipe: Recipe, seeds: int | Sequence[int]
+    base: Pretrained,
+    spec: str,
+    classes: int,
+    data: dict[str, np.ndarray],
+    recipe: Recipe,
+    seeds: int | Sequence[int],
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Run:
-    """Attaches the method and a head; `check` comes first. `data` is the training part, for a method that fits to it.
+    """Attaches the method and a head; `check` comes first. `data`: the training part, for a method that fits to it."""
 
-    A sequence of seeds makes one program of as many runs: own adapters, heads, optimiser states and data order, one
-    base.
-    """
-    method = registry.parse(spec, tokenizer=base.tokenizer, run_steps=recipe.steps)
-    sites = peft.sites(base.model)
-    several, tx = not isinstance(seeds, int), recipe.tx()
-    seeds = list(seeds) if several else [seeds]
-    loss = classify.loss(base.model)
+    def feed(seed: int) -> Callable[[int], dict[str, np.ndarray]]:
+        rows = batches(data, replace(recipe, micro_batches=1), seed)
+        return lambda i: {name: leaf[0] for name, leaf in rows(i).items()}
 
-    @jax.jit
-    def new(rng: jax.Array) -> Variables:
-        return {"peft": peft.init(method, fold(rng, "peft"), sites), "head": head(base, classes, fold(rng, "head"))}
-
-    def fitted(seed: int) -> Variables:
-        rng = jax.random.key(seed)
-        variables = {"params": base.params} | new(rng)
-        if method.fit is None:
-            return variables
-        feed = batches(data, replace(recipe, micro_batches=1), seed)
-        one = lambda i: {name: leaf[0] for name, leaf in feed(i).items()}  # noqa: E731
-        fitted = method.fit(fold(rng, "fit"), variables, realising(method, sites, loss), one)
-        return fitted | {"params": base.params}
-
-    runs = [fitted(seed) for seed in seeds]
-    masks = [peft.mask(method, run) for run in runs]
-    mask, elements = states.split_masks(masks)
-
-    @jax.jit
-    def begin(params: Any, added: Variables, elements: Any, rng: jax.Array) -> states.TrainState:
-        trainable, extra, _ = states.split({"params": params} | added, mask)
-        return states.create(trainable, tx, fold(rng, "train"), extra, elements)
-
-    added = [{k: v for k, v in run.items() if k != "params"} for run in runs]
-    rngs = [jax.random.key(seed) for seed in seeds]
-    if several:
-        stacked = [jax.tree.map(lambda *xs: jnp.stack(xs), *trees) for trees in (added, elements, rngs)]
-        state = jax.jit(jax.vmap(begin, in_axes=(None, 0, 0, 0)))(base.params, *stacked)
-    else:
-        state = begin(base.params, added[0], elements[0], rngs[0])
-    frozen = states.split(runs[0], mask)[2]
-    realise = None if method.realise is None else lambda v: method.realise(v, sites)
-    hooks = {"realise": realise, "penalty": method.penalty, "update": method.update, "rates": method.rates}
-    one = step.make_step(method.task(loss) if method.task else loss, tx, clip_norm=recipe.clip_norm, **hooks)
-
-    def predict(state: states.TrainState, frozen: Variables, batch: dict) -> jax.Array:
-        variables = peft.realised(method, state.variables(frozen), sites)
-        return jnp.argmax(classify.logits(base.model, variables, batch), axis=-1)
-
-    return Run(
-        method,
-        sites,
-        masks[0],
-        state,
-        frozen,
-        step.over_seeds(one) if several else one,
-        step.make_eval(loss, realise=realise, seeds=several),
-        jax.jit(step.over_seeds(predict, shared_batch=True) if several else predict),
-    )
-
-
-def realising(method: Method, sites: Sites, loss: step.LossFn) -> step.LossFn:
-    """The loss of variables that are not realised yet."""
-    return lambda variables, batch, rng: loss(peft.realised(method, variables, sites), batch, rng)
+    heads = lambda rng: {"head": head(base, classes, rng)}  # noqa: E731
+    return training.start(base, spec, classify.loss(base.model), recipe, seeds, heads=heads, feed=feed, mesh=mesh)
 
 
 def head(base: Pretrained, classes: int, rng: jax.Array) -> dict[str, jax.Array]:
@@ -206,13 +118,6 @@ def check_length(base: Pretrained, added: PyTree, max_length: int) -> None:
         )
 
 
-def saved_identity(checkpoints: Path) -> dict[str, Any] | None:
-    """The identity of the run whose checkpoints these are; None where there is none."""
-    checkpointer = checkpoint.Checkpointer(checkpoints)
-    newest = checkpointer.latest_step()
-    return None if newest is None else checkpointer.meta(newest)["identity"]
-
-
 def batches(
     data: dict[str, np.ndarray], recipe: Recipe, seeds: int | Sequence[int]
 ) -> Callable[[int], dict[str, np.ndarray]]:
@@ -220,23 +125,19 @@ def batches(
     return Batches(data, recipe.batch_size, seeds, recipe.micro_batches).batch
 
 
-def evaluator(run: Run, data: dict[str, np.ndarray], batch_size: int = 64) -> Callable[..., dict[str, Any] | None]:
-    """(state, stop) -> means over all rows of a part."""
-    return lambda state, stop=None: run.evaluate(state, run.frozen, eval_batches(data, batch_size), stop)
-
-
-def predictions(run: Run, state: states.TrainState, data: dict[str, np.ndarray], batch_size: int = 64) -> np.ndarray:
+def predictions(
+    base: Pretrained, run: Run, state: states.TrainState, data: dict[str, np.ndarray], batch_size: int = 64
+) -> np.ndarray:
     """The class numbers of a part's N rows: [N], or [S, N] with seeds."""
-    found = [run.predict(state, run.frozen, batch) for batch in eval_batches(data, batch_size)]
+
+    def predict(state: states.TrainState, frozen: Variables, batch: dict) -> jax.Array:
+        variables = peft.realised(run.method, state.variables(frozen), run.sites)
+        return jnp.argmax(classify.logits(base.model, variables, batch), axis=-1)
+
+    several = state.step.ndim > 0
+    labels = jax.jit(step.over_seeds(predict, shared_batch=True) if several else predict)
+    found = [labels(state, run.frozen, batch) for batch in eval_batches(data, batch_size)]
     return np.concatenate(jax.device_get(found), axis=-1)[..., : len(data["labels"])]
-
-
-def counts(run: Run) -> tuple[int, int]:
-    """(trainable, total) of base and added subtree, heads apart; for one run of several."""
-    several = run.state.step.ndim > 0
-    variables = jax.eval_shape(lambda s: (states.take(s, 0) if several else s).variables(run.frozen), run.state)
-    bare = {k: v for k, v in variables.items() if k != "head"}
-    return tree.count(bare, {k: run.mask[k] for k in bare}), peft.parameters(bare)
 
 
 def save_adapter(

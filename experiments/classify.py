@@ -19,21 +19,18 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from experiments import common
+from experiments import common, training
 from experiments.classification import (
     Recipe,
     attach,
     batches,
     check,
     check_length,
-    counts,
-    evaluator,
-    load_base,
     load_data,
     save_adapter,
-    saved_identity,
     start,
 )
+from experiments.dry_run import dry_run
 from research.convert.load import Pretrained
 from research.data import tokenize
 from research.data.batches import eval_batches
@@ -41,8 +38,8 @@ from research.errors import DataError, FlagError, ModelError
 from research.peft import adapter as adapters
 from research.peft import method as peft
 from research.tasks import classify
-from research.train import checkpoint, loop, metrics, plot, step
 from research.train import state as states
+from research.train import step
 from research.train.lock import lock
 
 DEFAULT_MODEL = "minilm-l6"
@@ -55,19 +52,14 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "peft", "lora", "Method specification, such as lora:rank=8,targets=attn/(q|v) or houlsby+bitfit."
     )
-    flags.DEFINE_float("learning_rate", 1e-3, "Peak learning rate.", lower_bound=0.0)
-    common.recipe_flags(steps=300, batch_size=32, max_length=48)
-    flags.DEFINE_integer("seed", 0, "Of head, adapter, dropout and data order.", lower_bound=0, upper_bound=2**31 - 1)
-    flags.DEFINE_integer(
-        "eval_every", 100, "Steps between evaluations on the validation part; 0 for the end only.", lower_bound=0
-    )
-    flags.DEFINE_integer("save_every", 100, "Steps between checkpoints; 0 for the end only.", lower_bound=0)
+    training.recipe_flags(learning_rate=1e-3, steps=300, batch_size=32)
+    flags.DEFINE_integer("max_length", 48, "Tokens a row is cut to.", lower_bound=3)
+    training.run_flags("runs/classify")
     flags.DEFINE_string("adapter", None, "An adapter directory to evaluate or to predict with, instead of training.")
     flags.DEFINE_enum(
         "mode", None, ["train", "evaluate", "predict"], "What to do. Default: evaluate with --adapter, else train."
     )
     flags.DEFINE_bool("force", False, "Load an adapter although it was trained on another base.")
-    flags.DEFINE_string("workdir", "runs/classify", "Where everything is written.")
 
 
 def main() -> None:
@@ -90,48 +82,36 @@ def train(values: Any) -> None:
     """Trains, evaluates, saves the adapter."""
     recipe = Recipe(**common.flag_values(*Recipe.__dataclass_fields__))
     workdir = Path(values.workdir).expanduser()
-    with lock(workdir):
-        base = load_base(values.model or DEFAULT_MODEL, dtype=values.dtype, remat=values.remat, untie=values.untie)
+    with training.use_mesh(values.mesh) as mesh, lock(workdir):
+        options = {"dtype": values.dtype, "remat": values.remat, "untie": values.untie}
+        base = training.load_base(values.model or DEFAULT_MODEL, values.quantise, mesh, **options)
         check_length(base, check(base, values.peft), recipe.max_length)
         data = load_data(values.data, base.tokenizer, recipe.max_length)
-        run = start(base, values.peft, len(data.class_names), data.train, recipe, values.seed)
-        trainable, total = counts(run)
-        print(
-            f"{base.name}, {values.peft}: {trainable:,} of {total:,} parameters train "
-            f"({100 * trainable / total:.3f} %), and a head"
-        )
+        run = start(base, values.peft, len(data.class_names), data.train, recipe, values.seed, mesh)
+        print(f"{training.summary(base, values.peft, run)}, and a head")
+        batch = batches(data.train, recipe, values.seed)
+        if values.dry_run:
+            first = base.tokenizer.decode(data.train["tokens"][0], skip_special_tokens=True)
+            shown = f"label {data.class_names[data.train['labels'][0]]!r}: {first}"
+            return print(dry_run(run, batch, recipe, mesh, shown))
         identity = {
             "base": base.fingerprint, "data": data.fingerprint, "peft": values.peft, "seed": values.seed,
             "recipe": common.jsonable(recipe), "dtype": values.dtype,
         }  # fmt: skip
-        common.refuse_other(saved_identity(workdir / "checkpoints") or identity, identity, f"{workdir} holds a run")
-        validate, batch = evaluator(run, data.validation), batches(data.train, recipe, values.seed)
-        common.write_config(workdir)
-        print("compiling ...", flush=True)
-        result = loop.fit(
-            step.compile(run.step, run.state, run.frozen, batch(0)), run.state, run.frozen, batch,
-            steps=recipe.steps, evaluate=validate, eval_every=values.eval_every,
-            checkpointer=checkpoint.Checkpointer(workdir / "checkpoints"), save_every=values.save_every,
-            identity=identity, writer=metrics.Writer(workdir / "metrics.jsonl"), label="classify",
+        identity |= {} if values.quantise is None else {"quantise": values.quantise}
+        trainable, total = training.counts(run)
+        result = training.train(
+            run, batch, recipe, workdir, identity, mesh=mesh, evaluate=training.evaluator(run, data.validation),
+            eval_every=values.eval_every, save_every=values.save_every, label="classify",
+            curve=("loss", "eval/loss", "eval/accuracy"),
         )  # fmt: skip
-        scores = evaluator(run, data.test)(result.state)
-        size = save_adapter(
-            workdir / "adapter",
-            base,
-            values.peft,
-            run,
-            result.state,
-            data,
-            recipe,
-            seed=values.seed,
-            accuracy=scores["accuracy"],
-        )
-        common.write_json(
-            workdir / "result.json", {"test": scores, "trainable": trainable, "total": total, "seconds": result.seconds}
-        )
-        plot.curve(workdir / "metrics.jsonl", workdir / "curve.png")
+        scores = training.evaluator(run, data.test)(result.state)
+        where, found = workdir / "adapter", {"seed": values.seed, "accuracy": scores["accuracy"]}
+        size = save_adapter(where, base, values.peft, run, result.state, data, recipe, **found)
+        found = {"test": scores, "trainable": trainable, "total": total, "seconds": result.seconds}
+        common.write_json(workdir / "result.json", found)
     print(f"test accuracy {scores['accuracy']:.4f}, loss {scores['loss']:.4f} over {int(scores['weight'])} sentences")
-    print(f"adapter: {workdir / 'adapter'} ({size:,} bytes)")
+    print(f"adapter: {where} ({size:,} bytes)")
 
 
 def restore(values: Any) -> tuple[Pretrained, dict, adapters.Adapter]:
@@ -139,7 +119,9 @@ def restore(values: Any) -> tuple[Pretrained, dict, adapters.Adapter]:
     loaded = adapters.load(values.adapter)
     if loaded.meta.get("task") != "classify":
         raise ModelError(f"adapter {values.adapter} is for task {loaded.meta.get('task')!r}, not 'classify'.")
-    base = load_base(values.model or loaded.meta["base"]["name"], dtype=values.dtype, untie=values.untie)
+    base = training.load_base(
+        values.model or loaded.meta["base"]["name"], quantise=values.quantise, dtype=values.dtype, untie=values.untie
+    )
     sites = peft.sites(base.model)
     variables = peft.realised(loaded.method, attach(loaded, base, sites, values.force), sites)
     check_length(base, variables["peft"], loaded.meta["max_length"])

@@ -1,6 +1,7 @@
 """What every script shares: how it starts, how it ends, and the flags that have the same name everywhere."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from typing import Any
 
 from absl import app, flags
 
+from research.data import assets
 from research.errors import DataError, FlagError, UserError
 from research.files import write_text
 
@@ -43,6 +45,7 @@ def run(main: Callable[[], Any]) -> None:
     def guarded(_: list[str]) -> None:
         before = signal.signal(signal.SIGTERM, _terminate)
         try:
+            _keep_compiled()
             main()
         except UserError as error:
             _fail(str(error), error.exit_status)
@@ -59,6 +62,20 @@ def run(main: Callable[[], Any]) -> None:
     app.run(guarded, flags_parser=parse)
 
 
+def _keep_compiled() -> None:
+    """What is compiled is kept in the cache folder, unless JAX's own settings say otherwise."""
+    import jax
+
+    if jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir is None:
+        # By processor: code made for one may not run on another that shares the folder.
+        try:
+            kind = next(x for x in Path("/proc/cpuinfo").read_text().splitlines() if x.startswith("flags"))
+        except (OSError, StopIteration):
+            kind = platform.processor()
+        here = hashlib.sha256(f"{platform.machine()} {kind}".encode()).hexdigest()[:12]
+        jax.config.update("jax_compilation_cache_dir", str(assets.cache_dir() / "compiled" / here))
+
+
 def _terminate(*_: Any) -> None:
     sys.exit(143)
 
@@ -69,25 +86,12 @@ def _fail(text: str, status: int) -> None:
 
 
 def model_flags(model: str) -> None:
-    """--model, --untie, --dtype, --remat."""
+    """--model, --untie, --dtype, --remat, --quantise."""
     flags.DEFINE_string("model", model, "Packaged name, directory of Hugging Face files, .gguf file or hub id.")
     flags.DEFINE_bool("untie", False, "Give a model whose output is its token table a projection of its own.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype; parameters stay fp32.")
     flags.DEFINE_enum("remat", "none", ["none", "full", "dots"], "What the backward pass recomputes.")
-
-
-def recipe_flags(**defaults: Any) -> None:
-    """The flags of `classification.Recipe`, with the script's own defaults."""
-    d = defaults
-    flags.DEFINE_integer("steps", d["steps"], "Training steps.", lower_bound=1)
-    flags.DEFINE_integer("batch_size", d["batch_size"], "Rows a step.", lower_bound=1)
-    flags.DEFINE_integer("micro_batches", 1, "Parts a batch is computed in, one after the other.", lower_bound=1)
-    flags.DEFINE_integer("max_length", d["max_length"], "Tokens a row is cut to.", lower_bound=3)
-    flags.DEFINE_string("optimizer", "adamw", "optax optimiser by name.")
-    flags.DEFINE_string("schedule", "linear", "Learning-rate schedule: constant, linear, cosine.")
-    flags.DEFINE_float("warmup", 0.06, "Warm-up, in steps or as a fraction of them.")
-    flags.DEFINE_float("weight_decay", 0.01, "Decoupled weight decay, on matrices only.")
-    flags.DEFINE_float("clip_norm", 1.0, "Bound of the trainables' gradient norm.")
+    flags.DEFINE_enum("quantise", None, ["int8", "nf4"], "Keep the layers' frozen kernels in so many bits (QLoRA).")
 
 
 def flag_values(*names: str) -> dict[str, Any]:
@@ -179,7 +183,8 @@ def write_config(workdir: Path) -> None:
     only when nothing in the folder speaks against the run: an earlier run's config.json stays true to its results.
     """
     own = flags.FLAGS.flags_by_module_dict()
-    values = {f.name: f.value for module in (sys.argv[0], "experiments.common") for f in own.get(module, [])}
+    modules = (sys.argv[0], "experiments.common", "experiments.training")
+    values = {f.name: f.value for module in modules for f in own.get(module, [])}
     write_json(workdir / "config.json", {"command": ["python", "-m", *_command()], "flags": values} | environment())
 
 

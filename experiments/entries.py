@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments import common
-from experiments.classification import check, check_length, saved_identity
+from experiments.classification import check, check_length
 from experiments.table import COLUMNS
+from experiments.training import saved_identity
 from research.convert.load import Pretrained
 from research.errors import FlagError
 from research.peft import registry

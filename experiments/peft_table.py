@@ -22,15 +22,12 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import common, entries, table
+from experiments import common, entries, table, training
 from experiments.classification import (
     Data,
     Recipe,
     Run,
     batches,
-    counts,
-    evaluator,
-    load_base,
     load_data,
     predictions,
     save_adapter,
@@ -38,6 +35,7 @@ from experiments.classification import (
 )
 from experiments.entries import Entry
 from experiments.table import Row
+from experiments.training import counts, evaluator, load_base
 from research.convert.load import Pretrained
 from research.errors import FlagError, ModelError
 from research.train import checkpoint, loop, metrics, plot, state, step
@@ -59,7 +57,8 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("seeds", 3, "Runs of each method.", lower_bound=1)
     flags.DEFINE_enum("preset", "quick", list(PRESETS), "Defaults of --steps, --batch_size and --max_length.")
-    common.recipe_flags(steps=None, batch_size=None, max_length=None)
+    training.recipe_flags(steps=None, batch_size=None)
+    flags.DEFINE_integer("max_length", None, "Tokens a row is cut to.", lower_bound=3)
     flags.DEFINE_integer(
         "tune",
         0,
@@ -82,13 +81,14 @@ def main() -> None:
     if values.smoke:  # nothing here is worth an optimising compiler's time; XLA reads this when its backend starts
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
     with lock(workdir):
-        base = load_base(model, dtype=values.dtype, remat=values.remat, untie=values.untie)
+        base = load_base(model, values.quantise, dtype=values.dtype, remat=values.remat, untie=values.untie)
         todo = entries.applicable(todo, base, recipe.max_length, skip=values.methods.strip() == "all")
         data = load_data(source, base.tokenizer, recipe.max_length)
         sizes = ", ".join(f"{len(getattr(data, part)['labels'])} {part}" for part in ("train", "validation", "test"))
         print(f"{model} on {source}: {sizes} sentences, {len(data.class_names)} classes")
         heading = title(model, source, recipe, values.seeds, values.smoke, len(data.test["labels"]))
         same = {"tune": values.tune, "seeds": values.seeds, "dtype": base.config.dtype, "base": base.fingerprint}
+        same |= {} if values.quantise is None else {"quantise": values.quantise}
         same |= {"data": data.fingerprint, "recipe": common.jsonable(recipe)}
         places = {e: workdir / "methods" / e.folder for e in todo}
         identities = {e: {"spec": e.spec, "rate": e.rate} | same for e in todo}
@@ -217,7 +217,7 @@ def train(
     run = start(base, entry.spec, len(data.class_names), data.train, recipe, seeds)
     trainable, total = counts(run)
     result, memory = fit(run, data, recipe, seeds, entry.name, where, identity)
-    found = predictions(run, result.state, data.test)
+    found = predictions(base, run, result.state, data.test)
     accuracy = [float(x) for x in np.mean(found == data.test["labels"], axis=1)]
     size = []
     for i, seed in enumerate(seeds):

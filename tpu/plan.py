@@ -26,11 +26,11 @@ from research.nn.layers import REMAT
 from research.peft import method as peft
 from research.peft import registry, tree
 from research.tasks import lm
+from research.train import count, optimizer, state
 from research.train import mesh as meshes
-from research.train import optimizer, state
 from research.train.step import compile as compile_step
 from research.train.step import make_step
-from tpu import chips, count
+from tpu import chips
 
 GIB = 2**30
 FITS = 0.98  # of the chip's HBM: the runtime keeps some for itself

@@ -7,7 +7,8 @@ A process finds the others by what is given, else by SLURM's variables, else by 
 does the rest. A process that fails puts its reason where the others look (the coordinator's key-value store) and leaves
 with status 1 at once; a watcher thread in each of the others prints that reason and ends its process too, which a
 collective that waits for the lost one would never do. A process that is killed outright leaves no reason: then it is
-jax's own heartbeat that ends the others, after `heartbeat` seconds.
+jax's own heartbeat that ends the others, after `heartbeat` seconds. A process that is told to stop tells the others,
+and all of them stop after the same step.
 """
 
 import os
@@ -15,16 +16,18 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 import jax
 
 from research.errors import FlagError, UserError
+from research.train.signals import Interrupted
 
-KEY, FAILED = "peftree/failed", 1
+KEY, STOP, FAILED = "peftree/failed", "peftree/stop", 1
 POLL = 0.5  # seconds between two looks
+AHEAD = 3  # steps; see `Together`
 
 
 class Place(NamedTuple):
@@ -93,7 +96,7 @@ def run(place: Place | None = None, heartbeat: int = 100) -> Iterator[bool]:
     try:
         yield jax.process_index() == 0
     except BaseException as error:
-        if isinstance(error, SystemExit) and not error.code:
+        if isinstance(error, Interrupted) or (isinstance(error, SystemExit) and not error.code):
             done.set()
             jax.distributed.shutdown()
             raise
@@ -115,6 +118,34 @@ def run(place: Place | None = None, heartbeat: int = 100) -> Iterator[bool]:
 def is_main() -> bool:
     """Whether this process writes logs, metrics and configuration."""
     return jax.process_index() == 0
+
+
+class Together:
+    """Whether to stop after a step: true in all processes after the same one, once any of them was signalled.
+
+    The one that was names a step ahead of it in the coordinator's store, before it goes on. A loop that waits for step
+    k - 1 once it has dispatched step k is at most two steps ahead of another, so none is past the step named.
+    """
+
+    def __init__(self, signalled: Callable[[], bool]):
+        self.signalled, self.several = signalled, jax.process_count() > 1
+
+    def __call__(self, done: int) -> bool:
+        if not self.several:
+            return self.signalled()
+        from jax._src.distributed import global_state
+
+        if self.signalled():
+            with suppress(Exception):  # another has named one
+                global_state.client.key_value_set(STOP, str(done + AHEAD))
+        try:
+            return done >= int(global_state.client.key_value_try_get(STOP))
+        except Exception:  # nobody has
+            return False
+
+    def alone(self) -> bool:
+        """Whether this process may stop on its own, in the middle of something, for having been signalled."""
+        return not self.several and self.signalled()
 
 
 def _watch(client, done: threading.Event) -> None:

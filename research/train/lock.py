@@ -15,9 +15,14 @@ from research.errors import FlagError
 def lock(folder: str | Path) -> Iterator[None]:
     """Holds a run folder, made if need be: a second process gets a FlagError that names the first.
 
-    The kernel frees the lock of a dead process, so none is ever stale. Raises FlagError too for a folder that cannot be
-    made or written.
+    The kernel frees the lock of a dead process, so none is ever stale. Of the processes of one run the first holds it
+    for all. Raises FlagError too for a folder that cannot be made or written.
     """
+    from jax._src.distributed import global_state  # without starting a backend, as jax.process_index would
+
+    if global_state.process_id:
+        yield
+        return
     path = Path(folder) / "LOCK"
     me = {"pid": os.getpid(), "host": socket.gethostname()}
     try:

@@ -170,12 +170,15 @@ def load(read: PyTree, places: PyTree) -> PyTree:
     """Puts leaves straight into their shards: each process reads only the slices that its own devices hold.
 
     `read`: a tree whose leaves can be sliced and have `shape` and `dtype`: numpy arrays (memory-mapped ones too),
-    readers of a file's tensors, or arrays that every process has whole. Holes stay holes.
+    readers of a file's tensors, or arrays that every process has whole. Holes stay holes, and what is in its place
+    already is returned as it is.
     """
 
     def one(leaf: Any, place: NamedSharding) -> jax.Array:
         if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(one(jax.random.key_data(leaf), place), impl=jax.random.key_impl(leaf))
+        if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(place, leaf.ndim):
+            return leaf  # loaded there already
         cut = lambda index: np.asarray(leaf[index], leaf.dtype)  # noqa: E731
         return jax.make_array_from_callback(tuple(leaf.shape), place, cut)
 

@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,18 @@ Row = dict[str, Any]
 
 
 class Writer:
-    """Appends rows to `path`.
+    """Appends rows to `path`, and hands them to `trackers`.
 
     A killed process or a full disk leaves whole lines, but for perhaps the last; the next row begins a line of its own.
     """
 
-    def __init__(self, path: str | Path):
-        self.path, self.warned = Path(path), False
+    def __init__(self, path: str | Path, trackers: Sequence[Any] = ()):
+        self.path, self.trackers, self.warned = Path(path), trackers, False
         self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, row: Row) -> None:
         """Losing a line is no reason to lose a run: when the disk is full, say so once and go on."""
+        self.track(row)
         line = (json.dumps({k: _finite(v) for k, v in row.items()}) + "\n").encode()
         try:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -49,8 +50,15 @@ class Writer:
                 say(f"metrics are not written to {self.path}: {error.strerror}")
             self.warned = True
 
+    def track(self, row: Row) -> None:
+        """Hands a row to the trackers alone."""
+        for tracker in self.trackers:
+            tracker.write(row)
+
     def resume(self, step: int) -> list[Row]:
         """Drops rows after `step`, which are about to be written again, and broken ones; returns the others."""
+        for tracker in self.trackers:
+            tracker.resume(step)
         if not self.path.exists():
             return []
         rows = [row for row in read(self.path) if row["step"] <= step]
@@ -109,9 +117,9 @@ class Progress:
         self.began = time.perf_counter()
         self.bar = tqdm(total=steps, initial=start, desc=self.label, file=sys.stderr) if sys.stderr.isatty() else None
 
-    def update(self, step: int, loss: float, rate: float, unit: str = "rows") -> None:
+    def update(self, step: int, loss: float, rate: float, unit: str = "rows", note: str = "") -> None:
         """`step` steps are done; rate is in units per second."""
-        text = f"loss {loss:.4f}, {rate:,.0f} {unit}/s"
+        text = f"loss {loss:.4f}, {rate:,.0f} {unit}/s" + (f", {note}" if note else "")
         if self.bar is not None:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(step - self.bar.n)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from experiments import classification
+from experiments import training
 from research.train.lock import lock
 from tests.experiments.script import refused, run
 
@@ -126,10 +126,8 @@ def test_an_edited_adapter_is_refused(changes: dict, words: str, trained: Path, 
 
 
 def test_a_model_without_a_tokenizer_is_refused(monkeypatch, tmp_path: Path):
-    real = classification.load
-    monkeypatch.setattr(
-        classification, "load", lambda name, **kw: dataclasses.replace(real(name, **kw), tokenizer=None)
-    )
+    real = training.load
+    monkeypatch.setattr(training, "load", lambda name, **kw: dataclasses.replace(real(name, **kw), tokenizer=None))
     refused(run("classify", *TINY, f"--workdir={tmp_path}"), 4, "smoke comes without a tokenizer")
 
 
@@ -189,3 +187,40 @@ def test_a_damaged_adapter_and_another_base_are_refused(trained: Path, tmp_path:
     meta = tmp_path / "other" / "adapter.json"
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"base": {"name": "smoke", "fingerprint": "0" * 64}}))
     refused(run("classify", f"--adapter={tmp_path / 'other'}", "--data=smoke"), 4, "trained on base", "000000000000")
+
+
+def test_a_dry_run_says_what_a_run_would_take_and_writes_nothing(tmp_path: Path):
+    outcome = run("classify", *TINY, "--peft=lora", "--dry_run", f"--workdir={tmp_path / 'run'}")
+    assert outcome.status == 0, outcome.err
+    for words in ("base", "optimiser", "activations and gradients", "tokens", "1x16x16", "label '"):
+        assert words in outcome.out, words
+    assert not (tmp_path / "run" / "config.json").exists() and not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.slow
+def test_a_mesh_of_all_devices_ends_where_one_device_does(trained: Path, tmp_path: Path):
+    outcome = run("classify", *TINY, "--peft=lora", "--learning_rate=1e-2", "--mesh=data:2,fsdp:2,tensor:2",
+                  f"--workdir={tmp_path}")  # fmt: skip
+    assert outcome.status == 0, outcome.err
+    one, eight = (
+        [r["loss"] for r in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if "loss" in r]
+        for folder in (trained, tmp_path)
+    )
+    np.testing.assert_allclose(eight, one, atol=1e-5)
+    one, eight = (load_file(folder / "adapter" / "adapter.safetensors") for folder in (trained, tmp_path))
+    for name, leaf in one.items():
+        np.testing.assert_allclose(eight[name], leaf, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_trains_on_a_quantised_base_and_the_adapter_fits_the_float_one(kind: str, tmp_path: Path):
+    outcome = run("classify", *TINY, f"--quantise={kind}", "--peft=lora", f"--workdir={tmp_path}")
+    assert outcome.status == 0, outcome.err
+    outcome = run("classify", f"--adapter={tmp_path / 'adapter'}", "--data=smoke")
+    assert outcome.status == 0, outcome.err
+
+
+def test_a_mesh_that_does_not_fit_is_refused(tmp_path: Path):
+    refused(run("classify", *TINY, "--mesh=data:3", f"--workdir={tmp_path}"), 2, "has 3 places for 8 devices")
+    refused(run("classify", *TINY, "--mesh=date:8", f"--workdir={tmp_path}"), 2, "Did you mean 'data'?")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from experiments import classification
+from experiments import classification, training
 from research.errors import FlagError
 from research.models.registry import build
 from research.models.stack import unstack
@@ -392,8 +392,8 @@ def test_seeds_with_their_own_masks_share_a_program(spec):
             moved, chosen = new[seed] != np.asarray(old[path]), np.broadcast_to(masks[path][seed], old[path].shape)
             assert not np.any(moved & ~chosen), (path, seed)
             sizes[seed] += chosen.sum()
-    assert differ and sizes[0] == sizes[1] == classification.counts(run)[0]
-    assert classification.counts(run)[1] == tree.count(base.params)
+    assert differ and sizes[0] == sizes[1] == training.counts(run)[0]
+    assert training.counts(run)[1] == tree.count(base.params)
     alone = classification.start(base, spec, tiny.CLASSES, data, recipe, 1)
     one, single = alone.state, classification.batches(data, recipe, 1)
     for i in range(3):

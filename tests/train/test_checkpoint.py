@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from research.errors import ModelError
-from research.train import checkpoint
+from research.train import checkpoint, integrity
 from research.train.checkpoint import Checkpointer
 from tests.train import toy
 
@@ -96,14 +96,13 @@ def test_any_damage_to_any_file_falls_back_with_its_reason(saved, tmp_path, caps
 def test_two_hundred_flipped_bits_are_all_found(copy):
     folder, _ = copy
     rng, names = np.random.default_rng(0), files(folder / "2")
-    saver = Checkpointer(folder)
     for _ in range(200):
         path = folder / "2" / names[rng.integers(len(names))]
         good = path.read_bytes()
         bad = bytearray(good)
         bad[rng.integers(len(bad))] ^= 1 << int(rng.integers(8))
         path.write_bytes(bad)
-        assert saver._fault(2) is not None, path
+        assert integrity.fault(folder / "2", 2) is not None, path
         path.write_bytes(good)
 
 

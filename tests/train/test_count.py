@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import pytest
 
 from research.errors import FlagError
+from research.train.count import Collective, collectives, matmul_flops
 from tpu import chips
-from tpu.count import Collective, collectives, matmul_flops
 
 HLO = """HloModule m
 %body (p: (f32[8])) -> (f32[8]) {

@@ -109,9 +109,9 @@ def test_progress_counts_real_tokens_where_there_is_a_mask(monkeypatch, masked, 
         return data(k) | ({"mask": mask} if masked else {})
 
     train(steps=3, batch=batch, evaluating=False)
-    done, loss, rate, found = shown[-1]
+    done, loss, rate, found, note = shown[-1]
     work = mask.sum() if masked else data(2)["weight"].sum()
-    assert (done, found, rate) == (3, unit, 2 * work) and np.isfinite(loss)
+    assert (done, found, rate, note) == (3, unit, 2 * work, "") and np.isfinite(loss)
 
 
 def test_more_steps_go_on_and_fewer_are_refused(tmp_path):

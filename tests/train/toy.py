@@ -5,13 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.tasks.loss import Loss
-from research.train import optimizer, state, step
+from research.train import loop, metrics, optimizer, state, step
+from research.train import mesh as meshes
+from research.train.checkpoint import Checkpointer
 
 D, R = 8, 2
 MASK = {
     "params": {"w": {"kernel": False, "bias": False}},
     "peft": {"w": {"a": True, "b": True, "scale": False}},
     "head": {"h": {"kernel": True, "bias": True}},
+}
+AXES = {
+    "params": {"w": {"kernel": ("embed", "mlp"), "bias": ("mlp",)}},
+    "peft": {"w": {"a": ("embed", "rank"), "b": ("rank", "mlp"), "scale": ()}},
+    "head": {"h": {"kernel": ("embed", None), "bias": (None,)}},
 }
 
 
@@ -67,6 +74,22 @@ def run(setup, steps: int = 3, **options):
     for k in range(steps):
         s, metrics = stepper(s, frozen, batch(k, **options))
     return s, metrics
+
+
+def fit(folder, mesh, steps: int, **options) -> loop.Result:
+    """Trains on a mesh, of several processes too, or goes on in `folder`. Each process reads its own rows only."""
+    s, frozen, stepper = setup()
+    rows, count, index = meshes.batch_sharding(mesh), jax.process_count(), jax.process_index()
+
+    def mine(k: int) -> dict:
+        local = {name: np.split(x, count, axis=1)[index] for name, x in batch(k).items()}
+        return meshes.place_batch(local, rows)
+
+    with meshes.use(mesh):
+        s = meshes.load(s, meshes.state_shardings(AXES, s, mesh))
+        frozen = meshes.load(frozen, meshes.shardings(AXES, frozen, mesh))
+        keep = {"checkpointer": Checkpointer(folder / "c"), "writer": metrics.Writer(folder / "m.jsonl")}
+        return loop.fit(jax.jit(stepper, donate_argnums=(0,)), s, frozen, mine, steps=steps, **keep, **options)
 
 
 def same(a, b) -> bool:

@@ -1,6 +1,9 @@
-"""One of two processes: python -m tests.train.workers PORT PROCESS {train,fail}. Prints the losses."""
+"""One of two processes: python -m tests.train.workers PORT PROCESS {train,fail,kill,fit} [FOLDER]. Prints losses."""
 
+import os
+import signal
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -38,18 +41,32 @@ def train(case, mesh) -> list[float]:
     return losses
 
 
-def main(port: str, process: str, what: str) -> None:
-    with distributed.run(distributed.find(f"127.0.0.1:{port}", 2, int(process))) as writes:
+def main(port: str, process: str, what: str, folder: str = "") -> None:
+    with distributed.run(distributed.find(f"127.0.0.1:{port}", 2, int(process)), heartbeat=10) as writes:
         assert jax.device_count() == 4 and writes == (process == "0")
         if what == "fail" and process == "1":
             raise RuntimeError("the disk is full")
-        if what == "fail":
+        if what == "kill" and process == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if what in ("fail", "kill"):
             from jax.experimental import multihost_utils
 
             multihost_utils.sync_global_devices("waits for the other")
+        if what == "fit":  # until one of them is told to stop
+            from tests.train import toy
+
+            seen = lambda done, seconds: signalled(done, process)  # noqa: E731
+            toy.fit(Path(folder), meshes.make_mesh("data:2,fsdp:2"), 1000, save_every=2, watch=seen)
         from tests import tiny
 
         print(*train(tiny.Case("lora", "decoder"), meshes.make_mesh("data:2,fsdp:2")))
+
+
+def signalled(done: int, process: str) -> str:
+    """Process 1 is told to stop when step 7 is done."""
+    if process == "1" and done == 7:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return ""
 
 
 if __name__ == "__main__":
