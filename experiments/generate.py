@@ -1,45 +1,54 @@
-"""Continues prompts with a language model and, if given, an adapter.
+"""Continues prompts with a language model and, if given, an adapter; or talks.
 
     python -m experiments.generate --prompt="The capital of France is"
     python -m experiments.generate --chat --prompt="Name three rivers." --temperature=0.7 --top_p=0.9
-    python -m experiments.generate --file=prompts.txt --adapter=runs/sft/adapter    # a prompt a line, one batch
+    python -m experiments.generate --adapter=runs/sft/adapter --file=prompts.txt    # a prompt a line, one batch
+    python -m experiments.generate --adapter=runs/sft/adapter --interactive         # a chat with history, as it comes
     cat prompts.txt | python -m experiments.generate --output=answers.jsonl
 
-All prompts are one batch, padded on the left: a row's text does not depend on its neighbours. Prints the texts;
-`--output` writes JSON lines with prompt, text, tokens and log-probability. Says how long compilation, the prompts and a
-token took, on stderr. Differs from `classify --mode=predict`, which labels lines.
+The base is the one that the adapter names. All prompts are one batch, padded on the left: a row's text does not depend
+on its neighbours. Prints the texts; `--output` writes JSON lines with prompt, text, tokens and log-probability. Says on
+stderr how long compilation and the tokens took. An interactive chat is a line a turn; an empty line begins anew.
+Differs from `classify --mode=predict`, which labels lines.
 """
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
-from experiments import common
-from research.convert.load import Pretrained, load
+from experiments import common, replies
+from research.convert.load import Pretrained
+from research.data.chat import Chat
 from research.errors import DataError, FlagError, ModelError
 from research.files import write_text
-from research.generate.decode import Generated, generate
+from research.generate.decode import Generated
 from research.generate.sampling import Sampling
 from research.peft import adapter as adapters
 from research.peft import method as peft
 
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
 
 def define_flags() -> None:
     """Only where this is the script: other scripts' flags have the same names."""
-    common.model_flags("smollm2-135m-instruct")
-    flags.DEFINE_string("adapter", None, "Adapter directory.")
+    common.model_flags(None)
+    flags.DEFINE_string("adapter", None, f"Adapter directory. It names the default of --model, else {DEFAULT_MODEL}.")
     flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
     flags.DEFINE_string("file", None, "A prompt a line. Default, where no --prompt is given: stdin.")
-    flags.DEFINE_bool("chat", False, "Put each prompt into the model's chat template as the user's turn.")
+    flags.DEFINE_bool("chat", False, "Put each prompt into the chat template as the user's turn.")
+    flags.DEFINE_bool("interactive", False, "Talk: a line of stdin a turn, answered as it is made, with history.")
+    flags.DEFINE_string(
+        "template", None, "chatml, plain or plain/zh. Default: the adapter's, else the tokenizer's own."
+    )
     flags.DEFINE_string("output", None, "JSON lines to write.")
     flags.DEFINE_integer("max_new", 64, "Most tokens to add.", lower_bound=1)
+    flags.DEFINE_multi_string(
+        "stop", [], "A text that ends a continuation and is left out; may be given several times."
+    )
     flags.DEFINE_float("temperature", 0.0, "0 takes the most likely token.")
     flags.DEFINE_integer("top_k", 0, "Draw from that many; 0 for all.")
     flags.DEFINE_float("top_p", 1.0, "Draw from the fewest tokens of that probability together; 1 for all.")
@@ -50,35 +59,34 @@ def define_flags() -> None:
 
 def main() -> None:
     values = flags.FLAGS
-    names = ("temperature", "top_k", "top_p", "min_p")
-    sampling = Sampling(**common.flag_values(*names))
-    texts = prompts(values)
-    base = load(values.model, dtype=values.dtype, untie=values.untie)
-    if not hasattr(base.model, "unembed"):
-        raise ModelError(f"{values.model} is no language model: it has no output projection to the vocabulary.")
-    if base.tokenizer is None:
-        raise ModelError(f"{values.model} has no tokenizer.")
-    variables = adapted(base, values.adapter, values.force)
-    tokens, mask = encode(base, texts, values.chat, values.max_new)
-    stop = () if base.tokenizer.eos_token_id is None else (base.tokenizer.eos_token_id,)
-    run = jax.jit(
-        lambda v, tokens, mask, rng: generate(
-            base.model, v, tokens, mask, rng, max_new=values.max_new, sampling=sampling, stop=stop
-        )
-    )
-    start = time.perf_counter()
-    program = run.lower(variables, tokens, mask, jax.random.key(values.seed)).compile()
-    ready = time.perf_counter()
-    out = jax.tree.map(np.asarray, program(variables, tokens, mask, jax.random.key(values.seed)))
-    seconds, made = time.perf_counter() - ready, int(out.mask.sum())
+    sampling = Sampling(**common.flag_values("temperature", "top_k", "top_p", "min_p"))
+    if values.interactive and (given := [n for n in ("prompt", "file", "output") if values[n].value]):
+        raise FlagError(f"--interactive reads stdin and writes stdout: leave out --{given[0]}.")
+    if "" in values.stop:
+        raise FlagError("--stop is empty: it takes a text.")
+    texts = [] if values.interactive else prompts(values)
+    loaded = None if values.adapter is None else adapters.load(values.adapter)
+    name = values.model or (loaded.meta["base"]["name"] if loaded else DEFAULT_MODEL)
+    base = replies.load_model(name, values.quantise, dtype=values.dtype, untie=values.untie)
+    variables = adapted(base, loaded, values.force)
+    chat = None
+    if values.chat or values.interactive:
+        chat = replies.chat_of(base, values.template or (replies.template_of(loaded.meta) if loaded else None))
+    if values.interactive:
+        return talk(base, variables, chat, sampling, values)
+    ids = [encoded(base, chat, text) for text in texts]
+    end = base.tokenizer.eos_token_id
+    stop = chat.stop_tokens if chat else () if end is None else (end,)
+    out, compiling, running = replies.decode(base, variables, ids, values.max_new, sampling, stop, values.seed)
+    made = int(out.mask.sum())
     print(
-        f"compiled in {ready - start:.1f} s; {len(texts)} prompt(s) and {made} new tokens in {seconds:.1f} s: "
-        f"{made / seconds:.1f} tokens/s",
+        f"compiled in {compiling:.1f} s; {len(texts)} prompt(s) and {made} new tokens in {running:.1f} s: "
+        f"{made / running:.1f} tokens/s",
         file=sys.stderr,
     )
-    rows = [record(base, text, out, row) for row, text in enumerate(texts)]
+    rows = [record(base, text, out, row, values.stop) for row, text in enumerate(texts)]
     for row in rows:
-        print(row["text"] if values.chat else row["prompt"] + row["text"])
+        print(row["text"] if chat else row["prompt"] + row["text"])
     if values.output:
         write_text(Path(values.output), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
@@ -102,47 +110,60 @@ def prompts(values: Any) -> list[str]:
     return lines
 
 
-def adapted(base: Pretrained, directory: str | None, force: bool) -> dict:
+def adapted(base: Pretrained, loaded: adapters.Adapter | None, force: bool) -> dict:
     """The variables that the model is applied with, realised."""
-    if directory is None:
+    if loaded is None:
         return {"params": base.params}
-    loaded, sites = adapters.load(directory), peft.sites(base.model)
+    if loaded.meta.get("task") == "classify":
+        raise ModelError("the adapter is a classifier: python -m experiments.classify --mode=predict uses it.")
+    sites = peft.sites(base.model)
     return peft.realised(loaded.method, adapters.attach(loaded, base.params, sites, base.fingerprint, force), sites)
 
 
-def encode(base: Pretrained, texts: list[str], chat: bool, max_new: int) -> tuple[jax.Array, jax.Array]:
-    """Token ids and mask [B, T], padded on the left to a multiple of 32, so that few lengths are compiled.
-
-    DataError for a prompt that leaves no room; ModelError for a chat without a template.
-    """
-    tokenizer = base.tokenizer
-    if chat and not tokenizer.chat_template:
-        raise ModelError(f"the tokenizer of {base.name} has no chat template: leave --chat out.")
-    if chat:
-        turns = [[{"role": "user", "content": text}] for text in texts]
-        texts = [tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True) for t in turns]
-    rows = [tokenizer(text, add_special_tokens=not chat)["input_ids"] for text in texts]
-    length = -(-max(len(row) for row in rows) // 32) * 32
-    most = base.config.max_positions - max_new
-    for number, row in enumerate(rows, 1):
-        if not row:
-            raise DataError(f"prompt {number} has no tokens.")
-        if len(row) > most:
-            raise DataError(
-                f"prompt {number} has {len(row)} tokens: the model has {base.config.max_positions} positions, so with "
-                f"--max_new={max_new} at most {most} fit."
-            )
-    tokens, mask = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), np.int32)
-    for i, row in enumerate(rows):
-        tokens[i, length - len(row) :], mask[i, length - len(row) :] = row, 1
-    return jnp.asarray(tokens), jnp.asarray(mask)
+def encoded(base: Pretrained, chat: Chat | None, text: str) -> Any:
+    """The token ids of a prompt."""
+    if chat is not None:
+        return chat.prompt([{"role": "user", "content": text}])
+    return base.tokenizer(text)["input_ids"]
 
 
-def record(base: Pretrained, prompt: str, out: Generated, row: int) -> dict[str, Any]:
-    """A row of --output."""
+def record(base: Pretrained, prompt: str, out: Generated, row: int, stops: list[str]) -> dict[str, Any]:
+    """A row of --output, up to the first stop string."""
     ids = out.tokens[row, : out.mask[row].sum()].tolist()
-    text = base.tokenizer.decode(ids, skip_special_tokens=True)
-    return {"prompt": prompt, "text": text, "tokens": ids, "logprob": float(out.logprobs[row].sum())}
+    decode = lambda count: base.tokenizer.decode(ids[:count], skip_special_tokens=True)  # noqa: E731
+    text = replies.cut(decode(len(ids)), stops)
+    kept = len(ids)
+    if text != decode(kept):
+        kept = next(count for count in range(1, kept + 1) if any(stop in decode(count) for stop in stops))
+    logprob = float(out.logprobs[row, :kept].sum())
+    return {"prompt": prompt, "text": text, "tokens": ids[:kept], "logprob": logprob}
+
+
+def talk(base: Pretrained, variables: dict, chat: Chat, sampling: Sampling, values: Any) -> None:
+    """A chat: each answer is printed token by token, and the next question has all before it in front."""
+    stream = replies.streamer(base, variables, values.max_new, sampling, chat.stop_tokens)
+    show = lambda text: print(text, end="", flush=True)  # noqa: E731
+    history, rng = [], jax.random.key(values.seed)
+    if sys.stdin.isatty():
+        print("one line a turn; an empty one begins anew; Ctrl-D ends", file=sys.stderr)
+    turn = 0
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        if not (line := sys.stdin.readline()):
+            return
+        if not (text := line.strip()):
+            history = []
+            continue
+        history.append({"role": "user", "content": text})
+        ids = chat.prompt(history)
+        while len(history) > 2 and len(ids) > base.config.max_positions - values.max_new:
+            history = history[2:]  # the oldest question and its answer
+            ids = chat.prompt(history)
+        said = replies.spoken(base, stream(ids, jax.random.fold_in(rng, turn)), values.stop, show)
+        show("\n")
+        history.append({"role": "assistant", "content": said})
+        turn += 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Several documents in a row are what each is alone: loss and gradients."""
+"""Several documents in a row are what each is alone: loss and gradients, from all logits at once and by chunks."""
 
 import functools
 
@@ -39,9 +39,9 @@ def packed(docs: list[np.ndarray]) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def program(spec: str):
+def program(spec: str, chunk: int | None = None):
     case = tiny.case(spec, "decoder")
-    loss = lm.loss(case.model)
+    loss = lm.loss(case.model, chunk)
     trainable, frozen = tree.partition(case.point, case.mask)
 
     def mean(trainable, batch):
@@ -58,6 +58,24 @@ def test_packed_is_unpacked(spec):
     apart, together = run(trainable, unpacked(documents())), run(trainable, packed(documents()))
     assert apart[0][1] == sum(LENGTHS) - len(LENGTHS) == together[0][1]
     tiny.close(together, apart, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", ["lora", "full"], ids=lambda s: f"{s}-decoder")
+def test_chunks_are_all_logits_at_once(spec):
+    (run, trainable), (chunked, _) = program(spec), program(spec, 5)  # which divides neither rows nor tokens
+    batch = packed(documents()) | {"weight": np.float32([1, 3])}
+    tiny.close(chunked(trainable, batch), run(trainable, batch), 1e-5)
+
+
+def test_a_row_of_weight_zero_counts_nothing():
+    run, trainable = program("lora")
+    batch = packed(documents())
+    alone, first = (run(trainable, batch | {"weight": np.float32(w)})[0] for w in ([1, 0], [2, 0]))
+    assert alone[1] == sum(LENGTHS[:3]) - 3 == first[1] / 2
+    np.testing.assert_allclose(alone[0], first[0], rtol=1e-6)
+    other = batch | {"tokens": np.where([[True], [False]], batch["tokens"], 3), "weight": np.float32([1, 0])}
+    assert run(trainable, other)[0][0] == alone[0]
 
 
 @pytest.mark.slow
