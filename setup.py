@@ -14,6 +14,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["research*", "experiments*", "tpu*"]),
+    package_data={"experiments": ["fashion_mnist_features/*"]},
     install_requires=[
         "absl-py>=2.1",
         "datasets>=4.0",
