@@ -183,7 +183,7 @@ def write_config(workdir: Path) -> None:
     only when nothing in the folder speaks against the run: an earlier run's config.json stays true to its results.
     """
     own = flags.FLAGS.flags_by_module_dict()
-    modules = (sys.argv[0], "experiments.common", "experiments.training")
+    modules = [sys.argv[0], *(name for name in own if name.startswith("experiments."))]
     values = {f.name: f.value for module in modules for f in own.get(module, [])}
     write_json(workdir / "config.json", {"command": ["python", "-m", *_command()], "flags": values} | environment())
 

@@ -3,6 +3,7 @@
     python -m experiments.generate --prompt="The capital of France is"
     python -m experiments.generate --chat --prompt="Name three rivers." --temperature=0.7 --top_p=0.9
     python -m experiments.generate --adapter=runs/sft/adapter --file=prompts.txt    # a prompt a line, one batch
+    python -m experiments.generate --adapter=runs/a,runs/b --prompt="It is"         # each by both, in one batch
     python -m experiments.generate --adapter=runs/sft/adapter --interactive         # a chat with history, as it comes
     cat prompts.txt | python -m experiments.generate --output=answers.jsonl
 
@@ -27,16 +28,23 @@ from research.errors import DataError, FlagError, ModelError
 from research.files import write_text
 from research.generate.decode import Generated
 from research.generate.sampling import Sampling
+from research.models.t5 import T5Config
 from research.peft import adapter as adapters
 from research.peft import method as peft
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram")
 
 
 def define_flags() -> None:
     """Only where this is the script: other scripts' flags have the same names."""
     common.model_flags(None)
-    flags.DEFINE_string("adapter", None, f"Adapter directory. It names the default of --model, else {DEFAULT_MODEL}.")
+    flags.DEFINE_list(
+        "adapter",
+        [],
+        "Adapter directory; several, apart by commas and of one specification, each answer every prompt in one batch. "
+        f"The first names the default of --model, else {DEFAULT_MODEL}.",
+    )
     flags.DEFINE_multi_string("prompt", [], "A prompt; may be given several times.")
     flags.DEFINE_string("file", None, "A prompt a line. Default, where no --prompt is given: stdin.")
     flags.DEFINE_bool("chat", False, "Put each prompt into the chat template as the user's turn.")
@@ -53,31 +61,45 @@ def define_flags() -> None:
     flags.DEFINE_integer("top_k", 0, "Draw from that many; 0 for all.")
     flags.DEFINE_float("top_p", 1.0, "Draw from the fewest tokens of that probability together; 1 for all.")
     flags.DEFINE_float("min_p", 0.0, "Leave out what has less than that share of the likeliest; 0 for none.")
+    flags.DEFINE_float("repetition_penalty", 1.0, "Above 1 what was said already is less likely.")
+    flags.DEFINE_integer("no_repeat_ngram", 0, "No so many tokens in a row twice; 0 for no such rule.")
+    flags.DEFINE_integer("beams", 1, "Search so wide for the likeliest text instead of drawing.", lower_bound=1)
+    flags.DEFINE_float("length_penalty", 1.0, "With --beams: above 0 long texts gain, below 0 short ones.")
     flags.DEFINE_integer("seed", 0, "Of the draws.")
     flags.DEFINE_bool("force", False, "Use the adapter although it was trained on another base.")
 
 
 def main() -> None:
     values = flags.FLAGS
-    sampling = Sampling(**common.flag_values("temperature", "top_k", "top_p", "min_p"))
+    sampling = Sampling(**common.flag_values(*SAMPLING))
     if values.interactive and (given := [n for n in ("prompt", "file", "output") if values[n].value]):
         raise FlagError(f"--interactive reads stdin and writes stdout: leave out --{given[0]}.")
+    if values.beams > 1 and (given := [n for n in (*SAMPLING, "interactive") if not values[n].using_default_value]):
+        raise FlagError(f"--beams searches for the likeliest text: leave out --{given[0]}.")
+    if values.interactive and len(values.adapter) > 1:
+        raise FlagError("--interactive is with one adapter.")
     if "" in values.stop:
         raise FlagError("--stop is empty: it takes a text.")
     texts = [] if values.interactive else prompts(values)
-    loaded = None if values.adapter is None else adapters.load(values.adapter)
-    name = values.model or (loaded.meta["base"]["name"] if loaded else DEFAULT_MODEL)
-    base = replies.load_model(name, values.quantise, dtype=values.dtype, untie=values.untie)
-    variables = adapted(base, loaded, values.force)
+    loaded = [adapters.load(directory) for directory in values.adapter]
+    name = values.model or (loaded[0].meta["base"]["name"] if loaded else DEFAULT_MODEL)
+    options = {"dtype": values.dtype, "untie": values.untie}
+    base = replies.load_model(name, values.quantise, encoder_decoder=True, **options)
+    variables = [adapted(base, one, values.force) for one in loaded or [None]]
     chat = None
     if values.chat or values.interactive:
-        chat = replies.chat_of(base, values.template or (replies.template_of(loaded.meta) if loaded else None))
+        chat = replies.chat_of(base, values.template or (replies.template_of(loaded[0].meta) if loaded else None))
     if values.interactive:
-        return talk(base, variables, chat, sampling, values)
+        return talk(base, variables[0], chat, sampling, values)
     ids = [encoded(base, chat, text) for text in texts]
     end = base.tokenizer.eos_token_id
     stop = chat.stop_tokens if chat else () if end is None else (end,)
-    out, compiling, running = replies.decode(base, variables, ids, values.max_new, sampling, stop, values.seed)
+    each, count = variables[0], len(variables)
+    if count > 1:  # every prompt by every adapter, in the adapters' order
+        each = [v for _ in ids for v in variables]
+        ids, texts = ([x for x in several for _ in variables] for several in (ids, texts))
+    more = (values.seed, values.beams, values.length_penalty)
+    out, compiling, running = replies.decode(base, each, ids, values.max_new, sampling, stop, *more)
     made = int(out.mask.sum())
     print(
         f"compiled in {compiling:.1f} s; {len(texts)} prompt(s) and {made} new tokens in {running:.1f} s: "
@@ -85,8 +107,11 @@ def main() -> None:
         file=sys.stderr,
     )
     rows = [record(base, text, out, row, values.stop) for row, text in enumerate(texts)]
-    for row in rows:
-        print(row["text"] if chat else row["prompt"] + row["text"])
+    for place, row in enumerate(rows):
+        if count > 1:
+            row["adapter"] = values.adapter[place % count]
+        front = f"{row['adapter']}: " if count > 1 else ""
+        print(front + (row["text"] if chat or isinstance(base.config, T5Config) else row["prompt"] + row["text"]))
     if values.output:
         write_text(Path(values.output), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 

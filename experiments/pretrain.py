@@ -28,7 +28,7 @@ import numpy as np
 from absl import flags
 from tabulate import tabulate
 
-from experiments import common, training
+from experiments import common, replies, training
 from experiments.classification import check, check_length
 from experiments.dry_run import dry_run
 from experiments.plain_text import ORDER, Text, prepare, summary
@@ -150,9 +150,7 @@ def text_folder(workdir: Path, temporary: bool) -> Iterator[Path]:
 def given_base(values: Any) -> Pretrained:
     """The base that --init names. ModelError where it predicts no next token or can't end a document."""
     options = {"dtype": values.dtype, "remat": values.remat, "untie": values.untie}
-    base = training.load_base(values.model, values.quantise, **options)
-    if base.config.family == "t5" or not hasattr(base.model, "unembed"):
-        raise ModelError(f"{values.model} is no language model that goes on from a text.")
+    base = replies.load_model(values.model, values.quantise, **options)
     if base.tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {values.model} has no end-of-text token, which divides documents.")
     return base

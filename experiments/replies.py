@@ -16,15 +16,22 @@ from research.data.chat import Chat
 from research.data.instructions import Message
 from research.errors import DataError, ModelError
 from research.generate import cache as caches
+from research.generate.beams import search
 from research.generate.decode import Generated, generate
 from research.generate.sampling import GREEDY, Sampling
+from research.models.t5 import T5Config
+from research.peft import rows
 
 
-def load_model(name: str, quantise: str | None = None, **options: Any) -> Pretrained:
-    """`training.load_base` of a language model. Raises ModelError for any other."""
-    base = load_base(name, quantise, **options)
+def load_model(
+    name: str, quantise: str | None = None, mesh: Any = None, *, encoder_decoder: bool = False, **options: Any
+) -> Pretrained:
+    """`training.load_base` of a language model. Raises ModelError for any other; `encoder_decoder`: T5 is one too."""
+    base = load_base(name, quantise, mesh, **options)
     if not hasattr(base.model, "unembed"):
         raise ModelError(f"{name} is no language model: it has no output projection to the vocabulary.")
+    if isinstance(base.config, T5Config) and not encoder_decoder:
+        raise ModelError(f"{name} is an encoder-decoder: this script takes decoders, such as smollm2-135m-instruct.")
     return base
 
 
@@ -72,24 +79,41 @@ class Timed(NamedTuple):
 
 def decode(
     base: Pretrained,
-    variables: dict,
+    variables: dict | Sequence[dict],
     ids: Sequence[Sequence[int]],
     max_new: int,
     sampling: Sampling = GREEDY,
     stop: Sequence[int] = (),
     seed: int = 0,
+    beams: int = 1,
+    length_penalty: float = 1.0,
 ) -> Timed:
-    """Continues rows of token ids in one batch. `variables`: realised."""
-    tokens, mask = pad_left(base, ids, max_new, variables.get("peft"))
-    run = jax.jit(
-        lambda v, tokens, mask, rng: generate(
-            base.model, v, tokens, mask, rng, max_new=max_new, sampling=sampling, stop=stop
-        )
-    )
+    """Continues rows of token ids in one batch.
+
+    variables: realised; a sequence of them gives each row its own adapter. beams: above 1 the likeliest continuation
+    that so wide a search finds, and nothing is drawn.
+    """
+    several = not isinstance(variables, dict)
+    tokens, mask = pad_left(base, ids, max_new, (variables[0] if several else variables).get("peft"))
+
+    def continued(v: dict, tokens: jax.Array, mask: jax.Array, rng: jax.Array) -> Generated:
+        if beams == 1:
+            return generate(base.model, v, tokens, mask, rng, max_new=max_new, sampling=sampling, stop=stop)
+        options = {"beams": beams, "max_new": max_new, "stop": stop, "length_penalty": length_penalty}
+        found = search(base.model, v, tokens, mask, **options)
+        return Generated(found.tokens[:, 0], found.mask[:, 0], found.logprobs[:, 0])
+
+    rng = jax.random.key(seed)
+    if several:
+        given, rng = rows.stack(variables), jax.random.split(rng, len(ids))
+        one = lambda v, tokens, mask, rng: continued(v, tokens, mask, rng[0])  # noqa: E731
+        run = lambda given, *args: rows.apply_rows(one, *given, np.arange(len(ids)), *args)  # noqa: E731
+    else:
+        given, run = variables, continued
     began = time.perf_counter()
-    program = run.lower(variables, tokens, mask, jax.random.key(seed)).compile()
+    program = jax.jit(run).lower(given, tokens, mask, rng).compile()
     ready = time.perf_counter()
-    out = jax.tree.map(np.asarray, program(variables, tokens, mask, jax.random.key(seed)))
+    out = jax.tree.map(np.asarray, program(given, tokens, mask, rng))
     return Timed(out, ready - began, time.perf_counter() - ready)
 
 

@@ -41,7 +41,7 @@ def main() -> None:
     workdir = Path(values.workdir).expanduser()
     with training.use_mesh(values.mesh) as mesh, lock(workdir):
         options = {"dtype": values.dtype, "remat": values.remat, "untie": values.untie}
-        base = replies.load_model(values.model, values.quantise, **options)
+        base = replies.load_model(values.model, values.quantise, mesh, **options)
         chat = replies.chat_of(base, values.template)
         data = language.load_data(values.data, chat, recipe, values.eval_rows)
         print("\n".join(data.notes), flush=True)

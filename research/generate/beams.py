@@ -25,19 +25,21 @@ NEVER = -1e30  # a score no beam has: -inf would give NaN where it is subtracted
 
 
 class Beams(NamedTuple):
-    """tokens, mask int [B, K, N], best first, the stop token included; scores fp32 [B, K], log-probability over
-    length^penalty.
+    """tokens, mask int [B, K, N], best first, the stop token included; logprobs fp32 [B, K, N] of the tokens; scores
+    fp32 [B, K], their sum over length^penalty.
     """
 
     tokens: jax.Array
     mask: jax.Array
+    logprobs: jax.Array
     scores: jax.Array
 
 
 class _State(NamedTuple):
     step: jax.Array
     alive: jax.Array  # [B, K, N] tokens
-    logprob: jax.Array  # [B, K]
+    each: jax.Array  # [B, K, N] their log-probabilities
+    logprob: jax.Array  # [B, K] their sums
     done: Beams
     logits: jax.Array  # [B*K, V]
     cache: PyTree
@@ -76,13 +78,14 @@ def search(
         total, place = jax.lax.top_k((state.logprob[..., None] + each).reshape(rows, k * size), min(2 * k, k * size))
         source, token = place // size, (place % size).astype(jnp.int32)
         longer = _take(state.alive, source).at[:, :, i].set(token)
+        own = _take(state.each, source).at[:, :, i].set(total - jnp.take_along_axis(state.logprob, source, axis=1))
         ended = jnp.isin(token, ends)
 
         # Only among the first K may one end: a later one would be kept though better ones live on.
         ends_here = ended & (jnp.arange(total.shape[1]) < k) & (total > NEVER / 2)
         new = jnp.where(ends_here, normal(total, i + 1), NEVER)
         length = jnp.broadcast_to((jnp.arange(max_new) <= i).astype(jnp.int32), longer.shape)
-        done = _best(state.done, Beams(longer, length, new), k)
+        done = _best(state.done, Beams(longer, length, own, new), k)
 
         logprob, chosen = jax.lax.top_k(jnp.where(ended, NEVER, total), k)
         source, token = (jnp.take_along_axis(x, chosen, axis=1) for x in (source, token))
@@ -93,7 +96,7 @@ def search(
             lambda: caches.step(model, variables, cache, token.reshape(-1), max_new - i),
             lambda: (state.logits, cache),
         )
-        return _State(i + 1, _take(longer, chosen), logprob, done, logits, cache)
+        return _State(i + 1, _take(longer, chosen), _take(own, chosen), logprob, done, logits, cache)
 
     def more(state: _State) -> jax.Array:
         worst = state.done.scores[:, -1]
@@ -105,16 +108,17 @@ def search(
     logits, cache = caches.prefill(model, variables, tokens, mask, max_new)
     wide = tree.map_with_path(lambda path, x: jnp.repeat(x, k, axis=_rows(path, x)), cache)
     shape = (rows, k, max_new)
-    nothing = Beams(jnp.full(shape, pad, jnp.int32), jnp.zeros(shape, jnp.int32), jnp.full((rows, k), NEVER))
+    zeros = jnp.zeros(shape, jnp.float32)
+    nothing = Beams(jnp.full(shape, pad, jnp.int32), zeros.astype(jnp.int32), zeros, jnp.full((rows, k), NEVER))
     first = jnp.where(jnp.arange(k) == 0, 0.0, NEVER)  # all beams are one prompt: the others are no choice yet
-    state = _State(
-        jnp.asarray(0), nothing.tokens, jnp.broadcast_to(first, (rows, k)), nothing, jnp.repeat(logits, k, axis=0), wide
-    )
+    start, wide_logits = jnp.broadcast_to(first, (rows, k)), jnp.repeat(logits, k, axis=0)
+    state = _State(jnp.asarray(0), nothing.tokens, zeros, start, nothing, wide_logits, wide)
     state = jax.lax.while_loop(more, extend, state)
     alive = jnp.broadcast_to((jnp.arange(max_new) < state.step).astype(jnp.int32), shape)
     scores = jnp.where(state.logprob > NEVER / 2, normal(state.logprob, state.step), NEVER)
-    out = _best(state.done, Beams(state.alive, alive, scores), k)
-    return out._replace(tokens=jnp.where(out.mask > 0, out.tokens, pad))
+    out = _best(state.done, Beams(state.alive, alive, state.each, scores), k)
+    real = out.mask > 0
+    return out._replace(tokens=jnp.where(real, out.tokens, pad), logprobs=jnp.where(real, out.logprobs, 0.0))
 
 
 def _rows(path: str, leaf: jax.Array) -> int:
@@ -131,4 +135,4 @@ def _best(one: Beams, two: Beams, k: int) -> Beams:
     """The K best of both."""
     both = jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), one, two)
     scores, chosen = jax.lax.top_k(both.scores, k)
-    return Beams(_take(both.tokens, chosen), _take(both.mask, chosen), scores)
+    return Beams(*(_take(x, chosen) for x in both[:3]), scores)

@@ -83,6 +83,7 @@ def test_few_beams_follow_their_own_cache():
         logp = np.asarray(jax.nn.log_softmax(case.forward(case.point, whole)))[:, tokens.shape[1] - 1 : -1]
         picked = np.take_along_axis(logp, np.asarray(out.tokens[:, k])[..., None], -1)[..., 0].sum(1)
         np.testing.assert_allclose(out.scores[:, k], picked, atol=1e-4)
+        np.testing.assert_allclose(out.logprobs[:, k].sum(1), picked, atol=1e-4)
     assert (np.diff(out.scores, axis=1) <= 0).all()
 
 

@@ -21,6 +21,7 @@ from tests import tiny
 
 TINY = T5Config(tiny.VOCAB, 32, 2, 3, 4, 8, 48, buckets=8, max_distance=20)
 MANY = "prefix:length=2+prompt:length=2+lora:targets=all+ia3+houlsby"
+FIRST = {"gated": False, "tie_embeddings": True, "scale_outputs": True}  # T5 before 1.1
 ROOM = 3
 
 
