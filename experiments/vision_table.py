@@ -1,0 +1,229 @@
+"""The vision table: methods x tasks on one base, the seeds of a cell in one program, each method at a rate of its own.
+
+    WORKDIR/tasks/TASK/METHOD/result.json ...   a finished cell; the same command goes on with what is missing
+    WORKDIR/tasks/TASK/table.md, .csv, .png     one task, in the form of `peft_table`
+    WORKDIR/table.md, .csv, .png                all tasks, with the mean of each group and the mean of those means
+
+The tasks are `experiments.vtab`'s. With --tune a rate is chosen on 800 / 200 of a task's 1,000 training rows, as VTAB
+does, and the row then trains on all of them; the test part is looked at once.
+"""
+
+import csv
+import io
+import os
+import shutil
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments import augmenting, common, entries, images, table, training, vtab
+from experiments.entries import Entry
+from experiments.images import Recipe
+from experiments.table import Row
+from experiments.vit_base import VitBase
+from research.data.images import Images, split
+from research.errors import ModelError
+from research.files import write_text
+from research.train import checkpoint, loop, metrics, plot, state, step
+
+# Starting points for a small base; --tune tries their neighbours.
+METHODS = (
+    "full@5e-4;linear_probe@2e-2;bitfit@5e-3;layernorm@5e-3;vpt:length=10,deep=False@1e-2;vpt:length=10@1e-2;"
+    "adaptformer:width=16@5e-3;pfeiffer:width=16@3e-3;lora:rank=4@5e-3"
+)
+SMOKE_METHODS = "linear_probe@3e-2;lora:rank=2@1e-2;vpt:length=2@1e-2"
+
+Cells = dict[tuple[str, str], Row]
+
+
+def fill(
+    base: VitBase, todo: Sequence[Entry], tasks: Sequence[str], recipe: Recipe, same: dict[str, Any], workdir: Path
+) -> list[Row]:
+    """Trains the cells that are missing and writes the tables after each. Returns the rows of the whole table.
+
+    same: what all cells have in common and a result must agree with: seeds, tune, augment, dtype, base.
+    """
+    parts, places, identities = {}, {}, {}
+    for task in tasks:
+        parts[task] = vtab.load(task, base.config)
+        data = images.fingerprint(*parts[task])
+        if seen := [name for name in parts[task][0].classes if name in base.classes]:
+            print(f"{task}: the base was trained on {', '.join(seen)} too")
+        for entry in todo:
+            places[task, entry] = workdir / "tasks" / task / entry.folder
+            mine = {"task": task, "spec": entry.spec, "rate": entry.rate, "data": data}
+            identities[task, entry] = mine | same | {"recipe": common.jsonable(recipe)}
+            entries.finished(places[task, entry], identities[task, entry])  # all are asked before one trains
+    common.write_config(workdir)
+    cells: Cells = {}
+    names = [entry.name for entry in todo]
+    for entry in todo:
+        for task in tasks:
+            print(f"[{len(cells) + 1}/{len(tasks) * len(todo)}] {entry.name} on {task}", flush=True)
+            place, identity = places[task, entry], identities[task, entry]
+            cells[task, entry.name] = cell(entry, base, parts[task], recipe, identity, place)
+            write(names, tasks, cells, workdir, title(base, recipe, same))
+    for task in tasks:
+        heading = f"{task}: {vtab.TASKS[task].metric} on {len(parts[task][1].labels)} images"
+        table.write([cells[task, name] for name in names], workdir / "tasks" / task, heading)
+    return rows(names, tasks, cells)
+
+
+def title(base: VitBase, recipe: Recipe, same: dict[str, Any]) -> str:
+    """What the table was measured on."""
+    smoke = " Smoke test: the numbers mean nothing." if base.name == "smoke" else ""
+    return (
+        f"{base.name} adapted with at most {vtab.TRAIN:,} images a task: test accuracy in %, {same['seeds']} seed(s), "
+        f"{recipe.steps} steps of {recipe.batch_size} images, {os.cpu_count()} cores.{smoke}"
+    )
+
+
+def cell(
+    entry: Entry, base: VitBase, parts: tuple[Images, Images], recipe: Recipe, identity: dict[str, Any], where: Path
+) -> Row:
+    """One method on one task: read from its folder if it is finished, else trained."""
+    if done := entries.finished(where, identity):
+        print(f"  finished before: accuracy {100 * done['row']['accuracy']:.1f}")
+        return done["row"]
+    if identity["tune"]:
+        entry = replace(entry, rate=tuned(entry, base, parts[0], recipe, identity, where / "tune"))
+    found = common.finite(train(entry, base, parts, recipe, identity, where))
+    common.write_json(where / "result.json", {"identity": identity, "row": found})
+    shutil.rmtree(where / "checkpoints", ignore_errors=True)
+    plot.curve(where / "metrics.jsonl", where / "curve.png")
+    return found
+
+
+def train(
+    entry: Entry, base: VitBase, parts: tuple[Images, Images], recipe: Recipe, identity: dict[str, Any], where: Path
+) -> Row:
+    """Trains all seeds in one program, evaluates them on the test part and saves each one's adapter."""
+    (learn, test), seeds = parts, list(range(identity["seeds"]))
+    recipe = replace(recipe, learning_rate=entry.rate)
+    run, result, memory = fit(entry, base, learn, recipe, seeds, identity["augment"], where, identity)
+    trainable, total = training.counts(run)
+    predict = images.predictor(base, run.method, run.sites)
+    accuracy, size = [], []
+    for i, seed in enumerate(seeds):
+        one = state.take(result.state, i)
+        accuracy.append(float(np.mean(predict(one.variables(run.frozen), test) == test.labels)))
+        more = {"seed": seed, "accuracy": accuracy[-1], "data": identity["task"]}
+        size.append(images.save_adapter(where / f"adapter-{seed}", base, entry.spec, run, one, test.classes, **more))
+    print(f"  accuracy {100 * statistics.mean(accuracy):.1f}", flush=True)
+    return {
+        "method": entry.name, "trainable": trainable, "percent": 100 * trainable / total,
+        "accuracy": statistics.mean(accuracy), "std": statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0,
+        "accuracies": accuracy, "rate": entry.rate, "train_s": result.seconds / len(seeds),
+        "step_ms": result.step_ms / len(seeds), "step_mb": memory["peak"] / 2**20, "adapter_kb": size[0] / 2**10,
+    }  # fmt: skip
+
+
+def fit(
+    entry: Entry,
+    base: VitBase,
+    learn: Images,
+    recipe: Recipe,
+    seeds: int | list[int],
+    augment: str,
+    where: Path | None = None,
+    identity: dict[str, Any] | None = None,
+) -> tuple[training.Run, loop.Result, dict[str, int]]:
+    """Trains, and says how many bytes the step takes. With `where` it writes metrics and checkpoints, and resumes."""
+    run = images.start(base, entry.spec, learn, recipe, seeds, augmenting.parse(augment))
+    batch = images.batches(learn, recipe, seeds)
+    compiled = training.compile_step(run, batch)[0]
+    kept = {} if where is None else {
+        "checkpointer": checkpoint.Checkpointer(where / "checkpoints", keep=1), "identity": identity,
+        "save_every": max(20, recipe.steps // 3), "writer": metrics.Writer(where / "metrics.jsonl"),
+        "log_every": max(1, recipe.steps // 60),
+    }  # fmt: skip
+    result = loop.fit(compiled, run.state, run.frozen, batch, steps=recipe.steps, label=entry.name, **kept)
+    return run, result, step.memory(compiled)
+
+
+def tuned(entry: Entry, base: VitBase, learn: Images, recipe: Recipe, identity: dict[str, Any], where: Path) -> float:
+    """The rate with the best validation accuracy of seed 0 among `tune` rates a factor of 3 apart around the entry's
+    own. One at which training diverges is the worst.
+    """
+    scores, tries = {}, identity["tune"]
+    part, held = split(learn, 0.2)
+    for i in range(tries):
+        rate = float(f"{entry.rate * 3.0 ** (i - tries // 2):.1e}")
+        path, mine = where / f"{rate:g}.json", {k: v for k, v in identity.items() if k not in ("seeds", "tune", "rate")}
+        found = common.read_json(path, identity=dict, accuracy=float) if path.exists() else {}
+        if found.get("identity") != mine:
+            try:
+                run, result, _ = fit(entry, base, part, replace(recipe, learning_rate=rate), 0, identity["augment"])
+                found = {"accuracy": training.evaluator(run, images.arrays(held))(result.state)["accuracy"]}
+            except ModelError as error:  # nothing is saved here, so it is the loss that is not finite
+                print(f"  {error}")
+                found = {"accuracy": 0.0, "diverged": True}
+            common.write_json(path, {"identity": mine} | found)
+        scores[rate] = found["accuracy"]
+        print(f"  rate {rate:g}: validation accuracy {100 * scores[rate]:.2f}", flush=True)
+    return max(scores, key=scores.get)
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def rows(methods: Sequence[str], tasks: Sequence[str], cells: Cells) -> list[Row]:
+    """One row a method that has all its cells: means of the tasks, of each group, and of the groups' means, over seeds.
+
+    `accuracy` and `std` are of that last mean, which weighs groups and not tasks alike (VTAB, section 2).
+    """
+    found = []
+    for method in methods:
+        mine = {task: cells[task, method] for task in tasks if (task, method) in cells}
+        if len(mine) < len(tasks):
+            continue
+        first, groups = next(iter(mine.values())), {}
+        for group in vtab.GROUPS:
+            of = [np.asarray(x["accuracies"]) for task, x in mine.items() if vtab.TASKS[task].group == group]
+            if of:
+                groups[group] = np.mean(of, axis=0)
+        mean = np.mean(list(groups.values()), axis=0)
+        found.append({
+            "method": method, "trainable": first["trainable"], "percent": first["percent"],
+            "tasks": {task: x["accuracy"] for task, x in mine.items()},
+            "groups": {group: float(x.mean()) for group, x in groups.items()},
+            "accuracy": float(mean.mean()), "std": float(mean.std(ddof=1)) if mean.size > 1 else 0.0,
+        })  # fmt: skip
+    return found
+
+
+def markdown(found: Sequence[Row], tasks: Sequence[str]) -> str:
+    """The table: tasks by group, each group's mean behind them, all in per cent."""
+    columns: list[tuple[str, Any]] = []
+    for group in vtab.GROUPS:
+        own = [task for task in tasks if vtab.TASKS[task].group == group]
+        columns += [(task, lambda r, task=task: r["tasks"][task]) for task in own]
+        columns += [(f"**{group}**", lambda r, group=group: r["groups"][group])] if own else []
+    heads = ["method", "trainable", "%", *(name for name, _ in columns), "**mean**"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" + "|--:" * (len(heads) - 1) + "|"]
+    for r in found:
+        cells = [r["method"], f"{r['trainable']:,}", f"{r['percent']:.3f}"]
+        cells += [f"{100 * value(r):.1f}" for _, value in columns]
+        lines.append("| " + " | ".join([*cells, f"{100 * r['accuracy']:.1f} ± {100 * r['std']:.1f}"]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write(methods: Sequence[str], tasks: Sequence[str], cells: Cells, workdir: Path, heading: str) -> None:
+    """Writes table.csv, a line a cell, and of the methods that have all cells table.md and table.png; atomically."""
+    text = io.StringIO()
+    lines = csv.DictWriter(text, ["task", "group", *table.COLUMNS], extrasaction="ignore", lineterminator="\n")
+    lines.writeheader()
+    for task in tasks:
+        mine = [cells[task, method] for method in methods if (task, method) in cells]
+        lines.writerows({"task": task, "group": vtab.TASKS[task].group} | row for row in mine)
+    write_text(workdir / "table.csv", text.getvalue())
+    if found := rows(methods, tasks, cells):
+        write_text(workdir / "table.md", f"{heading}\n\n{markdown(found, tasks)}")
+        points = [
+            r | {k: 100 * r[k] for k in ("accuracy", "std")} | {"trainable": max(1, r["trainable"])} for r in found
+        ]
+        plot.scatter(points, workdir / "table.png", y="accuracy", title=heading.split(":")[0])
