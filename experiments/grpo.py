@@ -13,7 +13,7 @@ samples.jsonl and result.json under --workdir.
 
 from absl import flags
 
-from experiments import common, on_policy
+from experiments import common, on_policy, policy_run
 
 VARIANTS = ("grpo", "dr_grpo", "dapo", "bnpo", "gspo", "cispo", "rloo", "reinforce_pp")
 
@@ -21,12 +21,12 @@ VARIANTS = ("grpo", "dr_grpo", "dapo", "bnpo", "gspo", "cispo", "rloo", "reinfor
 def define_flags() -> None:
     """Only where this is the script: other scripts' flags have the same names."""
     flags.DEFINE_enum("variant", "grpo", VARIANTS, "Which of the family.")
-    on_policy.define_flags("runs/grpo", steps=300, batch_size=256)
+    policy_run.define_flags("runs/grpo", steps=300, batch_size=256)
 
 
 def main() -> None:
     values = flags.FLAGS
-    on_policy.main(values, lambda given: on_policy.Settings(values.variant, **given))
+    policy_run.main(values, lambda given: on_policy.Settings(values.variant, **given))
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ checkpoints, adapter (with the value head), samples.jsonl and result.json under 
 
 from absl import flags
 
-from experiments import common, on_policy
+from experiments import common, on_policy, policy_run
 
 
 def define_flags() -> None:
     """Only where this is the script: other scripts' flags have the same names."""
-    on_policy.define_flags("runs/ppo", steps=600, batch_size=128, epochs=4, kl_coef=0.05)
+    policy_run.define_flags("runs/ppo", steps=600, batch_size=128, epochs=4, kl_coef=0.05)
     flags.DEFINE_float("kl_target", None, "Nats a completion, for an adaptive price that starts at --kl_coef.")
     flags.DEFINE_integer("kl_horizon", 10_000, "Completions in which the adaptive price moves.", lower_bound=1)
     flags.DEFINE_float("gamma", 1.0, "Discount.", lower_bound=0.0, upper_bound=1.0)
@@ -28,7 +28,7 @@ def define_flags() -> None:
 def main() -> None:
     values = flags.FLAGS
     own = common.flag_values("kl_target", "kl_horizon", "gamma", "lam", "value_coef", "value_clip")
-    on_policy.main(values, lambda given: on_policy.Settings("ppo", **given, **own))
+    policy_run.main(values, lambda given: on_policy.Settings("ppo", **given, **own))
 
 
 if __name__ == "__main__":

@@ -50,12 +50,12 @@ def define_flags() -> None:
     flags.DEFINE_integer("width", 64, "Width of the decoder, a multiple of 16.", lower_bound=16)
     flags.DEFINE_integer("layers", 2, "Its layers.", lower_bound=1)
     flags.DEFINE_integer("sft_steps", 500, "Steps of imitation.", lower_bound=1)
-    training.recipe_flags(learning_rate=1e-3, steps=200, batch_size=160, schedule="constant", warmup=0.0,
+    training.recipe_flags(learning_rate=1e-3, steps=200, batch_size=160, schedule="linear", warmup=0.0,
                           weight_decay=0.0)  # fmt: skip
     flags.DEFINE_integer("group", 16, "Completions of each of the 20 starts in a rollout.", lower_bound=2)
     flags.DEFINE_float("kl_coef", 0.0, "Price of a nat of KL, of the methods on policy.", lower_bound=0.0)
     flags.DEFINE_float("missing_eos", 0.5, "What a walk that never says it is over loses on policy.", lower_bound=0.0)
-    flags.DEFINE_float("beta", 0.1, "Of DPO and KTO.", lower_bound=1e-6)
+    flags.DEFINE_float("beta", 0.5, "Of DPO and KTO.", lower_bound=1e-6)
     flags.DEFINE_integer("samples", 256, "Walks from each start that a row is judged by.", lower_bound=16)
     training.run_flags("runs/randomwalks", eval_every=50, save_every=100)
 

@@ -363,6 +363,7 @@ def test_somebody_elses_directory_is_left_alone(tmp_path, copy):
         hf_peft.save(tmp_path / "out", spec, variables, model.config, sites)
 
 
+@pytest.mark.slow
 def test_the_script_converts_both_ways(tmp_path):
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     arguments = [f"--adapter={HERE / 'lora_bert'}", "--to=peftree", f"--output={ours}", f"--model={GOLDEN / 'bert'}"]

@@ -120,7 +120,7 @@ def reference():
 
 
 @pytest.mark.assets
-@pytest.mark.parametrize("name", PACKAGED)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if "gemma" in n else []) for n in PACKAGED])
 def test_packaged_config_is_the_preset(name, smollm):
     base = smollm if name == smollm.name else load(name)
     assert base.config == load_config(name)

@@ -62,6 +62,7 @@ def test_predicts_a_line_at_a_time(trained: Path):
     assert all(f["label"] in ("negative", "positive") and 0.5 <= f["probability"] <= 1 for f in found)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_ends_with_the_same_adapter(trained: Path, tmp_path: Path):
     command = [sys.executable, "-m", "experiments.classify", *TINY, "--peft=lora", "--learning_rate=1e-2"]
     command += ["--save_every=0", f"--workdir={tmp_path}"]

@@ -15,6 +15,7 @@ from research.models.registry import PRESETS
 from research.peft import registry
 
 
+@pytest.mark.slow
 def test_the_command():
     code = (
         "import re, runpy, sys\n"

@@ -137,6 +137,7 @@ def test_loss_is_the_mean_over_target_tokens():
     np.testing.assert_allclose([found.sum, found.weight], [nats, lengths.sum()], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_only_in_training():
     model, v = point("lora")
     tokens, mask = sources()

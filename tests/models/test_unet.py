@@ -41,6 +41,7 @@ def test_zeros_at_first():
     assert not np.any(y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", unet.PRESETS)
 def test_presets_give_back_the_size_and_have_sites_in_attention_and_time_only(name):
     model = build(preset(name))

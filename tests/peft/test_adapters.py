@@ -111,6 +111,7 @@ def phm_formula(y: np.ndarray, rule_down, down, down_bias, rule_up, up, up_bias)
     return y + gelu(y @ dense(rule_down, down) + down_bias) @ dense(rule_up, up) + up_bias
 
 
+@pytest.mark.slow
 def test_phm_and_compacter_are_bottlenecks():
     n, m = 2, 4
     node = phm.Phm(

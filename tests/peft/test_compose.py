@@ -137,8 +137,14 @@ def test_two_parts_may_share_a_leaf_by_layers():
     assert mask["bias"].all() and mask["kernel"].tolist() == [[[False]], [[True]]]
 
 
+OTHERS = ("ia3", "houlsby:norms=false", "ptuning_v2:length=3")
+
+
 @pytest.mark.parametrize("family", ["encoder", pytest.param("decoder", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("spec", ["lora:targets=all", "ia3", "houlsby:norms=false", "ptuning_v2:length=3"])
+@pytest.mark.parametrize(
+    "spec",
+    ["lora:targets=all", *(pytest.param(s, marks=pytest.mark.slow) for s in OTHERS)],
+)
 def test_layers_are_the_method_in_those_layers_only(spec, family):
     """Two halves are the whole, each is less, and an unrolled model drops what is off."""
     halves = [tiny.case(f"{spec}{',' if ':' in spec else ':'}layers={i}", family) for i in (0, 1)]

@@ -170,7 +170,11 @@ def frozen_products(case) -> list[tuple]:
 
 @pytest.mark.parametrize("family", ["encoder", pytest.param("decoder", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("spec", ["lora:targets=all", "houlsby:width=20", "prefix", "ia3", "full"])
+@pytest.mark.parametrize(
+    "spec",
+    ["lora:targets=all", "full"]
+    + [pytest.param(s, marks=pytest.mark.slow) for s in ("houlsby:width=20", "prefix", "ia3")],
+)
 def test_no_product_sums_over_tokens_into_a_frozen_kernel(spec, family, scan):
     found = frozen_products(tiny.case(spec, family, scan=scan))
     if spec == "full":
@@ -179,7 +183,8 @@ def test_no_product_sums_over_tokens_into_a_frozen_kernel(spec, family, scan):
         assert found == []
 
 
-@pytest.mark.parametrize(("how", "spec"), [("vmap", "lora"), ("map", "lora:rank=2+prefix:length=3,hidden=8+bitfit")])
+@pytest.mark.parametrize(("how", "spec"), [("map", "lora"), pytest.param("vmap", "lora", marks=pytest.mark.slow),
+     pytest.param("map", "lora:rank=2+prefix:length=3,hidden=8+bitfit", marks=pytest.mark.slow)])
 def test_several_runs_in_one_program(how, spec):
     case = tiny.case(spec, "encoder")
     points = [case.variables | {"peft": tiny.noise(case.variables["peft"], 0.02, s)} for s in range(2)]

@@ -110,7 +110,8 @@ def test_micro_batches_equal_one_batch(spec, family):
     assert metrics["grad_norm"] > 1e-3
 
 
-@pytest.mark.parametrize("remat", ["full", pytest.param("dots", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["full", "dots"])
 @some
 def test_remat_changes_no_gradient(spec, family, remat):
     case, other = tiny.case(spec, family), tiny.case(spec, family, remat=remat)

@@ -55,6 +55,7 @@ def test_rows_and_gradients_have_their_closed_form(softcap):
     np.testing.assert_allclose(rows.entropy, -(jnp.exp(logp) * logp).sum(-1), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_quantised_kernel_and_dropout_in_the_head():
     x, w, _, _, labels, weight = data()
     codes = quantise(w)
@@ -72,7 +73,7 @@ def whole(model):
     def fn(variables, batch, rng):
         v = model_variables(variables)
         hidden = model.apply(v, batch["tokens"], batch["mask"])[:, :-1]
-        weight = (batch["mask"][:, :-1] * batch["mask"][:, 1:]).astype(jnp.float32)
+        weight = (batch["mask"][:, :-1] * batch["mask"][:, 1:]) * batch["weight"][:, None]
         labels = batch["tokens"][:, 1:].reshape(-1)
         hidden = hidden.reshape(-1, hidden.shape[-1])
         return chunked_nats(model_unembed(model), model_head(v), hidden, labels, weight.reshape(-1), 10)[0]

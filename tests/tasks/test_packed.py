@@ -68,6 +68,7 @@ def test_chunks_are_all_logits_at_once(spec):
     tiny.close(chunked(trainable, batch), run(trainable, batch), 1e-5)
 
 
+@pytest.mark.slow
 def test_a_row_of_weight_zero_counts_nothing():
     run, trainable = program("lora")
     batch = packed(documents())

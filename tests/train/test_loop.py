@@ -234,7 +234,7 @@ def start(folder, slow):
     return process
 
 
-@pytest.mark.parametrize("slow, at", [("train", (3, 4)), ("eval", (4,))])
+@pytest.mark.parametrize("slow, at", [("train", (3, 4)), pytest.param("eval", (4,), marks=pytest.mark.slow)])
 def test_sigterm_saves_and_exits_and_the_run_goes_on(tmp_path, slow, at):
     process = start(tmp_path, slow)
     process.send_signal(signal.SIGTERM)
