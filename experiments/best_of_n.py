@@ -22,8 +22,9 @@ import numpy as np
 from absl import flags
 from tabulate import tabulate
 
-from experiments import common, preferences, reward_model
-from experiments.replies import load_model
+from experiments import reward_model
+from experiments.shared import common, preferences
+from experiments.shared.replies import load_model
 from research.convert.load import Pretrained
 from research.data.instructions import read_records
 from research.errors import DataError, FlagError, did_you_mean

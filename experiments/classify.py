@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from experiments import common, training
-from experiments.classification import (
+from experiments.shared import common, training
+from experiments.shared.classification import (
     Recipe,
     attach,
     batches,
@@ -30,7 +30,7 @@ from experiments.classification import (
     save_adapter,
     start,
 )
-from experiments.dry_run import dry_run
+from experiments.shared.dry_run import dry_run
 from research.convert.load import Pretrained
 from research.data import tokenize
 from research.data.batches import eval_batches

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import common
+from experiments.shared import common
 from research.convert.load import Pretrained, load
 from research.errors import FlagError, ModelError
 from research.nn.on import On

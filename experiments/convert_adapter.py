@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import common
-from experiments.classification import attach
+from experiments.shared import common
+from experiments.shared.classification import attach
 from research.convert import hf_peft
 from research.convert.load import Pretrained, load
 from research.errors import FlagError, ModelError

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import common, training
-from experiments.denoising import (
+from experiments.shared import common, training
+from experiments.shared.denoising import (
     PROCESSES,
     Denoiser,
     Sampling,
@@ -35,9 +35,9 @@ from experiments.denoising import (
     sized,
     to_float,
 )
-from experiments.diffusion_run import Recipe, Task, Watch, batches, distance_curve, save_adapter, start, train
-from experiments.diffusion_table import DEFAULT, table
-from experiments.dry_run import dry_run
+from experiments.shared.diffusion_run import Recipe, Task, Watch, batches, distance_curve, save_adapter, start, train
+from experiments.shared.diffusion_table import DEFAULT, table
+from experiments.shared.dry_run import dry_run
 from research.data.images import Images
 from research.diffusion import samplers, weights
 from research.diffusion.parameterise import KINDS, parameterisation

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from experiments import common, replies
+from experiments.shared import common, replies
 from research.convert.load import Pretrained
 from research.data.chat import Chat
 from research.errors import DataError, FlagError, ModelError

@@ -13,7 +13,7 @@ samples.jsonl and result.json under --workdir.
 
 from absl import flags
 
-from experiments import common, on_policy, policy_run
+from experiments.shared import common, on_policy, policy_run
 
 VARIANTS = ("grpo", "dr_grpo", "dapo", "bnpo", "gspo", "cispo", "rloo", "reinforce_pp")
 

@@ -14,8 +14,8 @@ import numpy as np
 from absl import flags
 from tabulate import tabulate
 
-from experiments import common
-from experiments.entries import read_result
+from experiments.shared import common
+from experiments.shared.entries import read_result
 from research.data import text
 from research.errors import DataError
 

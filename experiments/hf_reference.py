@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from experiments import common
-from experiments.hf_runs import complete, numbers
+from experiments.shared import common
+from experiments.shared.hf_runs import complete, numbers
 from research.data import assets, text, tokenize
 from research.data.batches import Batches, eval_batches
 from research.errors import DataError, FlagError, did_you_mean

@@ -28,7 +28,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from experiments import common
+from experiments.shared import common
 from research.errors import ModelError
 from research.files import write_bytes
 from research.tasks.loss import Loss
@@ -39,7 +39,8 @@ from research.train.metrics import Writer
 
 D, RANK, STEPS, KEEP = 16, 2, 12, 3
 MASK = {"params": {"w": False}, "peft": {"a": True, "b": True}, "head": {"h": True}}
-PRELOAD = ["experiments.common", "optax", "orbax.checkpoint", "research.train.loop"]  # not to be imported in a child
+# Not to be imported in a child.
+PRELOAD = ["experiments.shared.common", "optax", "orbax.checkpoint", "research.train.loop"]
 Hook = Callable[[str, int], None]
 
 

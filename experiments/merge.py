@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import common
-from experiments.classification import attach
+from experiments.shared import common
+from experiments.shared.classification import attach
 from research.convert.export import export_hf
 from research.convert.load import load
 from research.errors import ModelError

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from experiments import common, paper_counts
+from experiments.shared import common, paper_counts
 from research.convert.load import load_config
 from research.errors import DataError, FlagError
 from research.files import write_text

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import common, entries, table, training
-from experiments.classification import (
+from experiments.shared import common, entries, table, training
+from experiments.shared.classification import (
     Data,
     Recipe,
     Run,
@@ -33,9 +33,9 @@ from experiments.classification import (
     save_adapter,
     start,
 )
-from experiments.entries import Entry
-from experiments.table import Row
-from experiments.training import counts, evaluator, load_base
+from experiments.shared.entries import Entry
+from experiments.shared.table import Row
+from experiments.shared.training import counts, evaluator, load_base
 from research.convert.load import Pretrained
 from research.errors import FlagError, ModelError
 from research.train import checkpoint, loop, metrics, plot, state, step

@@ -11,7 +11,7 @@ checkpoints, adapter (with the value head), samples.jsonl and result.json under 
 
 from absl import flags
 
-from experiments import common, on_policy, policy_run
+from experiments.shared import common, on_policy, policy_run
 
 
 def define_flags() -> None:

@@ -21,9 +21,9 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import classification, common, preferences, references, training
-from experiments.dry_run import dry_run
-from experiments.replies import load_model
+from experiments.shared import classification, common, preferences, references, training
+from experiments.shared.dry_run import dry_run
+from experiments.shared.replies import load_model
 from research.convert.load import Pretrained
 from research.data.batches import Batches
 from research.errors import FlagError, ModelError

@@ -28,10 +28,10 @@ import numpy as np
 from absl import flags
 from tabulate import tabulate
 
-from experiments import common, replies, training
-from experiments.classification import check, check_length
-from experiments.dry_run import dry_run
-from experiments.plain_text import ORDER, Text, prepare, summary
+from experiments.shared import common, replies, training
+from experiments.shared.classification import check, check_length
+from experiments.shared.dry_run import dry_run
+from experiments.shared.plain_text import ORDER, Text, prepare, summary
 from research.convert.export import export_hf
 from research.convert.fingerprint import fingerprint
 from research.convert.load import Pretrained

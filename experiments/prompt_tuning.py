@@ -20,8 +20,8 @@ from typing import Any
 from absl import flags
 from tabulate import tabulate
 
-from experiments import common, language, replies, training
-from experiments.dry_run import dry_run
+from experiments.shared import common, language, replies, training
+from experiments.shared.dry_run import dry_run
 from research.errors import FlagError
 from research.files import write_bytes, write_text
 from research.generate.sampling import Sampling

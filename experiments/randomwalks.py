@@ -20,8 +20,8 @@ import numpy as np
 from absl import flags
 from tabulate import tabulate
 
-from experiments import characters, common, on_policy, training
-from experiments.dry_run import dry_run
+from experiments.shared import characters, common, on_policy, training
+from experiments.shared.dry_run import dry_run
 from research.convert.load import Pretrained
 from research.data.batches import Batches
 from research.errors import FlagError, did_you_mean

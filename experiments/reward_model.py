@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import classification, common, preferences, training
-from experiments.dry_run import dry_run
-from experiments.preferences import Data, Encoder, Leaves
+from experiments.shared import classification, common, preferences, training
+from experiments.shared.dry_run import dry_run
+from experiments.shared.preferences import Data, Encoder, Leaves
 from research.convert.load import Pretrained
 from research.data import pairs, text
 from research.data.batches import Batches, eval_batches

@@ -15,8 +15,9 @@ from typing import Any
 from absl import flags
 from tabulate import tabulate
 
-from experiments import common
-from experiments.denoising import (
+from experiments.features import ladder, network, score
+from experiments.shared import common
+from experiments.shared.denoising import (
     Denoiser,
     Sampling,
     attach,
@@ -30,7 +31,6 @@ from experiments.denoising import (
     of_classes,
     sheet,
 )
-from experiments.features import ladder, network, score
 from research.diffusion import samplers
 from research.errors import DataError, FlagError
 from research.files import write_bytes

@@ -18,8 +18,8 @@ from typing import Any
 
 from absl import flags
 
-from experiments import common, language, replies, training
-from experiments.dry_run import dry_run
+from experiments.shared import common, language, replies, training
+from experiments.shared.dry_run import dry_run
 from research.train.lock import lock
 
 

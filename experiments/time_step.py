@@ -21,8 +21,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from experiments import common
-from experiments.classification import Recipe, batches, check, check_length, start
+from experiments.shared import common
+from experiments.shared.classification import Recipe, batches, check, check_length, start
 from research.convert.load import Pretrained, load
 from research.errors import FlagError
 from research.train import step

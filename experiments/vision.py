@@ -11,7 +11,7 @@
 Differs from `classify` in what is read, and in having a base to make. --data takes fashion-mnist, mnist-5k, smoke, a
 folder with one folder of images a class (or train/ and test/ of those), and hub:ID of `datasets`. The same command goes
 on where an interrupted run was. Writes config.json, metrics.jsonl, curve.png, checkpoints, base or adapter, result.json
-and confusion.png under --workdir; the table's files are `experiments.vision_table`'s. Guide: docs/vision.md.
+and confusion.png under --workdir; the table's files are `experiments.shared.vision_table`'s. Guide: docs/vision.md.
 """
 
 import os
@@ -22,12 +22,12 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import augmenting, common, entries, images, training, vision_table, vit_base, vtab
-from experiments.classification import check
-from experiments.dry_run import dry_run
-from experiments.entries import Entry
-from experiments.images import Data, Recipe
-from experiments.vit_base import VitBase
+from experiments.shared import augmenting, common, entries, images, training, vision_table, vit_base, vtab
+from experiments.shared.classification import check
+from experiments.shared.dry_run import dry_run
+from experiments.shared.entries import Entry
+from experiments.shared.images import Data, Recipe
+from experiments.shared.vit_base import VitBase
 from research.data.images import Images
 from research.errors import FlagError, ModelError
 from research.models.registry import preset

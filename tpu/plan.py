@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from absl import flags
 from tabulate import tabulate
 
-from experiments import common
+from experiments.shared import common
 from research.errors import FlagError
 from research.models.registry import build, preset
 from research.nn.layers import REMAT

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from absl import flags
 
-import experiments.common  # noqa: F401  (defines absl's own flags, which must stay)
+import experiments.shared.common  # noqa: F401  (defines absl's own flags, which must stay)
 
 
 class Outcome(NamedTuple):

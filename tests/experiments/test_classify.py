@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from experiments import training
+from experiments.shared import training
 from research.train.lock import lock
 from tests.experiments.script import refused, run
 

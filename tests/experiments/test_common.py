@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from absl import flags
 
-from experiments import common
+from experiments.shared import common
 from research.errors import DataError, FlagError
 
 

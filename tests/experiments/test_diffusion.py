@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from experiments import denoising, diffusion_run, features, own_model
-from experiments.denoising import Sampling, Setting, choose, drawer, evenly, generate, in_turn
+from experiments import features
+from experiments.shared import denoising, diffusion_run, own_model
+from experiments.shared.denoising import Sampling, Setting, choose, drawer, evenly, generate, in_turn
 from research.diffusion import frechet
 from research.errors import DataError, FlagError, ModelError
 from research.models import unet

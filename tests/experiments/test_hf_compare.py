@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments.hf_compare import compare
-from experiments.table import COLUMNS
+from experiments.shared.table import COLUMNS
 from research.data import text
 from research.errors import DataError
 from tests.experiments.script import refused, run

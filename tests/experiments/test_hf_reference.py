@@ -11,7 +11,7 @@ from unittest.mock import MagicMock
 import pytest
 
 from experiments import hf_reference as reference
-from experiments import hf_runs
+from experiments.shared import hf_runs
 from research.errors import DataError, FlagError
 from research.train.lock import lock
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import observing
+from experiments.shared import observing
 from tests.experiments.script import refused, run
 
 TINY = ["--model=smoke", "--data=smoke", "--steps=8", "--batch_size=16", "--max_length=16", "--peft=lora"]

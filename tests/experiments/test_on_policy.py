@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from experiments import characters, on_policy
-from experiments.training import Recipe
+from experiments.shared import characters, on_policy
+from experiments.shared.training import Recipe
 from research.errors import DataError, FlagError
 from research.train import loop
 from research.train.checkpoint import Checkpointer

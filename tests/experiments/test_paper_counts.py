@@ -8,8 +8,8 @@ from fractions import Fraction
 
 import pytest
 
-from experiments import paper_counts
-from experiments.paper_rows import LATER, ROWS, SITES, Row
+from experiments.shared import paper_counts
+from experiments.shared.paper_rows import LATER, ROWS, SITES, Row
 from research.errors import UserError
 from research.models.registry import PRESETS
 from research.peft import registry

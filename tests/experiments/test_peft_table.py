@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments import entries, peft_table, table
-from experiments.entries import Entry
-from experiments.table import COLUMNS
+from experiments import peft_table
+from experiments.shared import entries, table
+from experiments.shared.entries import Entry
+from experiments.shared.table import COLUMNS
 from research.convert.load import load
 from research.errors import DataError, FlagError, ModelError
 from research.peft import registry
@@ -87,7 +88,7 @@ def test_results_of_other_settings_are_never_touched(argument: str, words: str, 
 def test_a_begun_run_of_other_settings_is_never_touched(tmp_path: Path, monkeypatch):
     arguments = ["--smoke", "--methods=lora", "--seeds=1", f"--workdir={tmp_path}"]
     with monkeypatch.context() as patch:
-        patch.setattr("experiments.classification.predictions", broken)
+        patch.setattr("experiments.shared.classification.predictions", broken)
         with pytest.raises(RuntimeError):
             run("peft_table", *arguments)
     before = files(tmp_path)

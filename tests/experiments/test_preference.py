@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from experiments import preferences, references, training
 from experiments.preference import Objective
-from experiments.preferences import Encoder
+from experiments.shared import preferences, references, training
+from experiments.shared.preferences import Encoder
 from research.convert.load import load
 from research.data.batches import Batches
 from research.data.chat import TEMPLATES

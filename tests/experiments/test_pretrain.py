@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from experiments.plain_text import prepare
+from experiments.shared.plain_text import prepare
 from research.convert.load import load
 from research.data import bpe, corpus, shards
 from research.models.gpt2 import Gpt2Config

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from experiments import language, replies
+from experiments.shared import language, replies
 from tests.experiments.script import refused, run
 from tests.experiments.test_sft import recipe, write_talks
 

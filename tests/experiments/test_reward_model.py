@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import best_of_n, preferences, reward_model
+from experiments import best_of_n, reward_model
+from experiments.shared import preferences
 from research.data import pairs, text
 from research.data.smoke import smoke_tokenizer
 from research.errors import DataError, FlagError

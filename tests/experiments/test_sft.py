@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from experiments import language, replies
+from experiments.shared import language, replies
 from research.data import smoke
 from research.data.chat import Chat
 from research.data.instructions import collect

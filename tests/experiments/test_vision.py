@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from experiments import augmenting, classification, entries, images, vision_table, vit_base, vtab
-from experiments.entries import Entry
+from experiments.shared import augmenting, classification, entries, images, vision_table, vit_base, vtab
+from experiments.shared.entries import Entry
 from research.errors import DataError, FlagError, ModelError
 from research.vision import augment
 from tests.experiments.script import refused, run

@@ -183,8 +183,14 @@ def test_no_product_sums_over_tokens_into_a_frozen_kernel(spec, family, scan):
         assert found == []
 
 
-@pytest.mark.parametrize(("how", "spec"), [("map", "lora"), pytest.param("vmap", "lora", marks=pytest.mark.slow),
-     pytest.param("map", "lora:rank=2+prefix:length=3,hidden=8+bitfit", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("how", "spec"),
+    [
+        ("map", "lora"),
+        pytest.param("vmap", "lora", marks=pytest.mark.slow),
+        pytest.param("map", "lora:rank=2+prefix:length=3,hidden=8+bitfit", marks=pytest.mark.slow),
+    ],
+)
 def test_several_runs_in_one_program(how, spec):
     case = tiny.case(spec, "encoder")
     points = [case.variables | {"peft": tiny.noise(case.variables["peft"], 0.02, s)} for s in range(2)]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from experiments import classification, training
+from experiments.shared import classification, training
 from research.errors import FlagError
 from research.models.registry import build
 from research.models.stack import unstack

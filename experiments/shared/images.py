@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import training
-from experiments.augmenting import Augment, augmented
-from experiments.training import Run
-from experiments.vit_base import VitBase
+from experiments.shared import training
+from experiments.shared.augmenting import Augment, augmented
+from experiments.shared.training import Run
+from experiments.shared.vit_base import VitBase
 from research.data import images
 from research.data.batches import Batches, eval_batches
 from research.data.images import Images

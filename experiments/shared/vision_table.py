@@ -4,7 +4,7 @@
     WORKDIR/tasks/TASK/table.md, .csv, .png     one task, in the form of `peft_table`
     WORKDIR/table.md, .csv, .png                all tasks, with the mean of each group and the mean of those means
 
-The tasks are `experiments.vtab`'s. With --tune a rate is chosen on 800 / 200 of a task's 1,000 training rows, as VTAB
+The tasks are those of `vtab.py`. With --tune a rate is chosen on 800 / 200 of a task's 1,000 training rows, as VTAB
 does, and the row then trains on all of them; the test part is looked at once.
 """
 
@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from experiments import augmenting, common, entries, images, table, training, vtab
-from experiments.entries import Entry
-from experiments.images import Recipe
-from experiments.table import Row
-from experiments.vit_base import VitBase
+from experiments.shared import augmenting, common, entries, images, table, training, vtab
+from experiments.shared.entries import Entry
+from experiments.shared.images import Recipe
+from experiments.shared.table import Row
+from experiments.shared.vit_base import VitBase
 from research.data.images import Images, split
 from research.errors import ModelError
 from research.files import write_text

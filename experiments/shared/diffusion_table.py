@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import common, entries, training
-from experiments.denoising import Draw, Sampling, drawer, evenly, generate, of_classes, sheet
-from experiments.diffusion_run import Recipe, Task, Watch, identity, save_adapter, start, train
 from experiments.features import Network, network, score
+from experiments.shared import common, entries, training
+from experiments.shared.denoising import Draw, Sampling, drawer, evenly, generate, of_classes, sheet
+from experiments.shared.diffusion_run import Recipe, Task, Watch, identity, save_adapter, start, train
 from research.data.images import Images
 from research.diffusion.frechet import Moments
 from research.errors import FlagError

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from experiments import images as pieces
+from experiments.shared import images as pieces
 from research.data import images, rows
 from research.data.batches import permutation
 from research.data.images import Images

@@ -18,7 +18,7 @@ from fractions import Fraction
 
 import jax
 
-from experiments.paper_rows import LATER, ROWS, SITES, Row
+from experiments.shared.paper_rows import LATER, ROWS, SITES, Row
 from research.errors import FlagError, UserError
 from research.models.registry import PRESETS, build, preset
 from research.peft import method as peft

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 from tabulate import tabulate
 
-from experiments import observing
-from experiments.training import Batch, Recipe, Run, compile_step
+from experiments.shared import observing
+from experiments.shared.training import Batch, Recipe, Run, compile_step
 
 GIB = 2**30
 

@@ -12,8 +12,9 @@ import jax
 import numpy as np
 import optax
 
-from experiments import common, training
-from experiments.denoising import (
+from experiments.features import network, score
+from experiments.shared import common, training
+from experiments.shared.denoising import (
     Denoiser,
     Sampling,
     drawer,
@@ -25,8 +26,7 @@ from experiments.denoising import (
     to_float,
     with_rows,
 )
-from experiments.features import network, score
-from experiments.training import Batch, Run
+from experiments.shared.training import Batch, Run
 from research.data.batches import Batches, eval_batches
 from research.data.images import Images
 from research.errors import FlagError

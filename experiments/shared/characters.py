@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import common, training
+from experiments.shared import common, training
 from research.convert.fingerprint import fingerprint
 from research.convert.load import Pretrained
 from research.data.batches import Batches

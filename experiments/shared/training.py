@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from absl import flags
 
-from experiments import common, observing
+from experiments.shared import common, observing
 from research.convert.load import Pretrained, load
 from research.data.batches import eval_batches
 from research.errors import FlagError, ModelError

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.classification import check_length
-from experiments.training import load_base
+from experiments.shared.classification import check_length
+from experiments.shared.training import load_base
 from research.convert.load import Pretrained
 from research.data.chat import Chat
 from research.data.instructions import Message

@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import common
+from experiments.shared import common
 from research.convert.load import Pretrained
 from research.data import bpe, corpus, shards
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from experiments import common, replies, training
-from experiments.classification import check, check_length
+from experiments.shared import common, replies, training
+from experiments.shared.classification import check, check_length
 from research.convert.load import Pretrained
 from research.data import instructions, packing
 from research.data.batches import Batches, eval_batches

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import common
+from experiments.shared import common
 from research import files
 from research.convert.export import PRODUCER, write_safetensors
 from research.diffusion.features import Features, FeaturesConfig

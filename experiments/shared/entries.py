@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from experiments import common
-from experiments.classification import check, check_length
-from experiments.table import COLUMNS
-from experiments.training import saved_identity
+from experiments.shared import common
+from experiments.shared.classification import check, check_length
+from experiments.shared.table import COLUMNS
+from experiments.shared.training import saved_identity
 from research.convert.load import Pretrained
 from research.errors import FlagError
 from research.peft import registry

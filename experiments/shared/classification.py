@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import training
-from experiments.training import Run
+from experiments.shared import training
+from experiments.shared.training import Run
 from research.convert.load import Pretrained
 from research.data import text, tokenize
 from research.data.batches import Batches, eval_batches

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from experiments import common
+from experiments.shared import common
 from research.errors import DataError, FlagError
 from research.files import write_text
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import common, own_model
+from experiments.shared import common, own_model
 from research.convert.fingerprint import fingerprint
 from research.data import images as image_data
 from research.data.images import Images

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import training
+from experiments.shared import training
 from research.convert.load import Pretrained
 from research.data import tokenize
 from research.data.batches import Batches

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import training
+from experiments.shared import training
 from research.convert.load import Pretrained
 from research.data.batches import Batches
 from research.errors import ModelError

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 from absl import flags
 
-from experiments import characters, common, replies, reward_model, training
-from experiments.dry_run import dry_run
-from experiments.on_policy import Settings, Task, encode, reference, start, train
+from experiments import reward_model
+from experiments.shared import characters, common, replies, training
+from experiments.shared.dry_run import dry_run
+from experiments.shared.on_policy import Settings, Task, encode, reference, start, train
 from research.convert.load import Pretrained
 from research.data import text
 from research.errors import DataError, FlagError
