@@ -109,7 +109,13 @@ class Case:
         self.has_head = family == "encoder" or "linear_probe" in spec
         self.plain_loss = (classify if self.has_head else lm).loss(self.model)
         self.loss = self.method.task(self.plain_loss) if self.method.task else self.plain_loss
-        self.step = jax.jit(self.stepper(), donate_argnums=(0,))
+        self.traces, stepper = 0, self.stepper()
+
+        def counted(*args: Any) -> Any:
+            self.traces += 1
+            return stepper(*args)
+
+        self.step = jax.jit(counted, donate_argnums=(0,))
 
     def stepper(self, tx: optax.GradientTransformation | None = None) -> Any:
         m = self.method

@@ -177,7 +177,7 @@ def load(read: PyTree, places: PyTree) -> PyTree:
     def one(leaf: Any, place: NamedSharding) -> jax.Array:
         if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(one(jax.random.key_data(leaf), place), impl=jax.random.key_impl(leaf))
-        if isinstance(leaf, jax.Array) and leaf.sharding.is_equivalent_to(place, leaf.ndim):
+        if isinstance(leaf, jax.Array) and leaf.sharding == place:
             return leaf  # loaded there already
         cut = lambda index: np.asarray(leaf[index], leaf.dtype)  # noqa: E731
         return jax.make_array_from_callback(tuple(leaf.shape), place, cut)

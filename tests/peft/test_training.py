@@ -23,13 +23,13 @@ def trained(spec: str, family: str) -> tuple:
     """Ten steps: (the variables before, after, the base's leaves handed in, the first two gradients, compilations)."""
     case = tiny.case(spec, family)
     state, frozen = case.start()
-    gradients = []
+    gradients, traced = [], case.traces
     for step in range(10):
         state, metrics = case.step(state, frozen, tiny.micro(tiny.batch(seed=step), 1))
         assert metrics["finite"] and np.isfinite(metrics["loss"])
         if step < 2:
             gradients.append(jax.tree.map(np.array, state.opt_state[0]))
-    return case.variables, state.variables(frozen), frozen, gradients, case.step._cache_size()
+    return case.variables, state.variables(frozen), frozen, gradients, case.traces - traced
 
 
 @most
@@ -64,7 +64,7 @@ def test_every_trained_leaf_has_a_gradient_within_two_steps(spec, family):
 
 @most
 def test_one_compilation_serves_every_step(spec, family):
-    assert trained(spec, family)[-1] == 1
+    assert trained(spec, family)[-1] <= 1  # 0 where a test before has had the same step
 
 
 @some
