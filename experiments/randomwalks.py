@@ -1,6 +1,6 @@
 """Every way to learn from rewards on one small task: shortest paths on a random graph, from walks that wander.
 
-    python -m experiments.randomwalks                                    # all rows, about 10 minutes on two cores
+    python -m experiments.randomwalks                                    # all rows, about 4 minutes on two cores
     python -m experiments.randomwalks --methods=grpo,dpo --peft=lora:rank=4,targets=all
 
 A tiny decoder imitates 1000 random walks (SFT); the others start from it, are its reference's KL away when they end,
