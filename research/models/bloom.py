@@ -14,16 +14,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from research.models.gpt2 import Gpt2
-from research.models.llama import causal, together, within
+from research.models.decoder import Decoder, within
 from research.nn.attention import Attention
-from research.nn.embed import Embed, Tied
-from research.nn.layers import apply_layers
-from research.nn.linear import Linear
+from research.nn.embed import Embed
 from research.nn.mlp import Mlp
 from research.nn.norm import LayerNorm
 from research.nn.param import dropout, training_rng
-from research.nn.sites import Outputs, Prompt, Residual
+from research.nn.sites import Prompt, Residual
 
 
 @dataclass(frozen=True)
@@ -107,33 +104,13 @@ class Embeddings(nn.Module):
         return self.tokens.attend(x)
 
 
-class Bloom(Gpt2):
-    """The decoder: `logits`, `unembed` and `features` are GPT-2's."""
+class Bloom(Decoder):
+    """The decoder, for rows of any length."""
 
     config: BloomConfig
+    embeddings = Embeddings
+    block = Block
+    last_norm = LayerNorm
 
-    def setup(self) -> None:
-        c = self.config
-        self.embed = Embeddings(c)
-        self.layers = Block(c) if c.scan else [Block(c) for _ in range(c.num_layers)]
-        self.outputs = Outputs(c.num_layers)
-        self.norm = LayerNorm(c.norm_eps, param_dtype=c.param_dtype)
-        types = {"dtype": c.dtype, "param_dtype": c.param_dtype}
-        head = Linear(c.vocab_size, ("embed", "vocab"), use_bias=False, **types)
-        self.lm_head = Tied() if c.tie_embeddings else head
-
-    def __call__(
-        self, tokens: jax.Array, mask: jax.Array | None = None, segments: jax.Array | None = None
-    ) -> jax.Array:
-        """As `Gpt2`, for rows of any length."""
-        mask = jnp.ones_like(tokens) if mask is None else mask
-        embedded, slots, positions, past = self.embed(tokens, mask, segments)
-        seen = causal(slots, positions, None, past)
-        if segments is not None:
-            seen &= together(segments, slots.shape[1] - tokens.shape[1])
-        keys = positions if past is None else jnp.concatenate([past[1], positions], axis=1)
-        x, layers = apply_layers(self.layers, self.config, embedded, seen, keys, collect=self.outputs.occupied)
-        x = self.norm(self.outputs(x, layers, embedded, seen)[:, -tokens.shape[1] :])
-        if self.is_initializing():
-            self.unembed(x[:, :1])
-        return x
+    def given(self, positions: jax.Array, past: tuple[jax.Array, jax.Array] | None) -> tuple:
+        return (positions if past is None else jnp.concatenate([past[1], positions], axis=1),)

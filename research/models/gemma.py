@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from research.models.llama import Embeddings, Llama, causal, together
+from research.models.decoder import Decoder, causal, together
+from research.models.llama import Embeddings
 from research.nn.attention import Attention
 from research.nn.embed import Tied
 from research.nn.layers import apply_layers
@@ -111,8 +112,8 @@ class Block(nn.Module):
         return nn.with_logical_constraint(x, ("batch", "length", None))
 
 
-class Gemma(Llama):
-    """The decoder, as `Llama` in all but its blocks, its two kinds of layers and its logits."""
+class Gemma(Decoder):
+    """The decoder, as `Decoder` in all but its blocks, its two kinds of layers and its logits."""
 
     config: GemmaConfig
 
@@ -127,7 +128,7 @@ class Gemma(Llama):
     def __call__(
         self, tokens: jax.Array, mask: jax.Array | None = None, segments: jax.Array | None = None
     ) -> jax.Array:
-        """As `Llama`. Virtual tokens are scaled as tokens are, so that a vocabulary start is those tokens."""
+        """As `Decoder`. Virtual tokens are scaled as tokens are, so that a vocabulary start is those tokens."""
         c = self.config
         mask = jnp.ones_like(tokens) if mask is None else mask
         embedded, slots, positions, past = self.embed(tokens, mask, segments)

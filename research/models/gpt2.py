@@ -16,15 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from research.errors import ModelError
-from research.models.llama import causal, together, within
+from research.models.decoder import Decoder, within
 from research.nn.attention import Attention
-from research.nn.embed import Embed, Tied
-from research.nn.layers import apply_layers
-from research.nn.linear import Linear
+from research.nn.embed import Embed
 from research.nn.mlp import Mlp
 from research.nn.norm import LayerNorm
 from research.nn.param import dropout, training_rng
-from research.nn.sites import Outputs, Prompt, Residual
+from research.nn.sites import Prompt, Residual
 
 
 @dataclass(frozen=True)
@@ -122,53 +120,12 @@ class Embeddings(nn.Module):
         return self.tokens.attend(x)
 
 
-class Gpt2(nn.Module):
-    """The decoder. `__call__` gives hidden states, `logits` the next-token logits. Applied with a `dropout` rng it
-    trains; without, it evaluates.
+class Gpt2(Decoder):
+    """The decoder. More tokens than positions are a ModelError; a position that is past the table's end only with the
+    cache gives NaN.
     """
 
     config: Gpt2Config
-
-    def setup(self) -> None:
-        c = self.config
-        self.embed = Embeddings(c)
-        self.layers = Block(c) if c.scan else [Block(c) for _ in range(c.num_layers)]
-        self.outputs = Outputs(c.num_layers)
-        self.norm = LayerNorm(c.norm_eps, param_dtype=c.param_dtype)
-        types = {"dtype": c.dtype, "param_dtype": c.param_dtype}
-        head = Linear(c.vocab_size, ("embed", "vocab"), use_bias=False, **types)
-        self.lm_head = Tied() if c.tie_embeddings else head
-
-    def __call__(
-        self, tokens: jax.Array, mask: jax.Array | None = None, segments: jax.Array | None = None
-    ) -> jax.Array:
-        """tokens, mask (1 real, 0 pad) int [B, T] -> hidden after the last norm [B, T, D].
-
-        segments int [B, T], where several documents share a row: 1, 2, ... and 0 for padding; see `Llama`. Positions
-        count real tokens, each document's from 0. With collection `cache` the tokens go on where it ends. ModelError
-        for more tokens than positions; a position that is past the table's end only with the cache gives NaN.
-        """
-        mask = jnp.ones_like(tokens) if mask is None else mask
-        embedded, slots, positions, past = self.embed(tokens, mask, segments)
-        seen = causal(slots, positions, None, past)
-        if segments is not None:
-            seen &= together(segments, slots.shape[1] - tokens.shape[1])
-        x, layers = apply_layers(self.layers, self.config, embedded, seen, collect=self.outputs.occupied)
-        x = self.norm(self.outputs(x, layers, embedded, seen)[:, -tokens.shape[1] :])
-        if self.is_initializing():
-            self.unembed(x[:, :1])
-        return x
-
-    def unembed(self, x: jax.Array) -> jax.Array:
-        """hidden [..., D] -> logits [..., V] fp32."""
-        tied = self.config.tie_embeddings
-        return self.lm_head(x, self.embed.attend(x)) if tied else self.lm_head(x).astype(jnp.float32)
-
-    def logits(self, tokens: jax.Array, mask: jax.Array | None = None, segments: jax.Array | None = None) -> jax.Array:
-        """tokens [B, T] -> logits [B, T, V] fp32."""
-        return self.unembed(self(tokens, mask, segments))
-
-    def features(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        """[B, D] for a task head: the last real token, which has seen the whole sequence."""
-        last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
-        return jnp.take_along_axis(self(tokens, mask), last[:, None, None], axis=1)[:, 0]
+    embeddings = Embeddings
+    block = Block
+    last_norm = LayerNorm

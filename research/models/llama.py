@@ -15,14 +15,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from research.models.decoder import Decoder, within
 from research.nn.attention import Attention
-from research.nn.embed import Embed, Tied
-from research.nn.layers import apply_layers
-from research.nn.linear import Linear
+from research.nn.embed import Embed
 from research.nn.mlp import GatedMlp
 from research.nn.norm import RMSNorm
 from research.nn.rope import angles, frequencies
-from research.nn.sites import Outputs, Prompt, Residual
+from research.nn.sites import Prompt, Residual
 
 
 @dataclass(frozen=True)
@@ -174,88 +173,14 @@ class Embeddings(nn.Module):
         return self.tokens.attend(x)
 
 
-class Llama(nn.Module):
-    """The decoder. `__call__` gives hidden states, `logits` the next-token logits."""
+class Llama(Decoder):
+    """The decoder, with rotary positions."""
 
     config: LlamaConfig
+    embeddings = Embeddings
+    block = Block
+    last_norm = RMSNorm
 
-    def setup(self) -> None:
+    def given(self, positions: jax.Array, past: tuple[jax.Array, jax.Array] | None) -> tuple:
         c = self.config
-        self.embed = Embeddings(c)
-        self.layers = Block(c) if c.scan else [Block(c) for _ in range(c.num_layers)]
-        self.outputs = Outputs(c.num_layers)
-        self.norm = RMSNorm(c.norm_eps, param_dtype=c.param_dtype)
-        types = {"dtype": c.dtype, "param_dtype": c.param_dtype}
-        head = Linear(c.vocab_size, ("embed", "vocab"), use_bias=False, **types)
-        self.lm_head = Tied() if c.tie_embeddings else head
-
-    def __call__(
-        self, tokens: jax.Array, mask: jax.Array | None = None, segments: jax.Array | None = None
-    ) -> jax.Array:
-        """tokens, mask (1 real, 0 pad) int [B, T] -> hidden after the last norm [B, T, D].
-
-        segments int [B, T], where several documents share a row: 1, 2, ... and 0 for padding. Each is then computed as
-        if it were alone; virtual tokens and prefixes stand before every one.
-
-        Positions count real tokens, so that padding on either side changes no real token's result. With collection
-        `cache` the tokens go on where it ends.
-        """
-        c = self.config
-        mask = jnp.ones_like(tokens) if mask is None else mask
-        embedded, slots, positions, past = self.embed(tokens, mask, segments)
-        cos, sin = angles(positions, frequencies(c.head_dim, c.rope_theta, c.rope_scaling))
-        seen = causal(slots, positions, c.sliding_window, past)
-        if segments is not None:
-            seen &= together(segments, slots.shape[1] - tokens.shape[1])
-        x, layers = apply_layers(self.layers, c, embedded, seen, cos, sin, collect=self.outputs.occupied)
-        x = self.norm(self.outputs(x, layers, embedded, seen)[:, -tokens.shape[1] :])
-        if self.is_initializing():
-            self.unembed(x[:, :1])
-        return x
-
-    def unembed(self, x: jax.Array) -> jax.Array:
-        """hidden [..., D] -> logits [..., V] fp32."""
-        tied = self.config.tie_embeddings
-        return self.lm_head(x, self.embed.attend(x)) if tied else self.lm_head(x).astype(jnp.float32)
-
-    def logits(self, tokens: jax.Array, mask: jax.Array | None = None, segments: jax.Array | None = None) -> jax.Array:
-        """tokens [B, T] -> logits [B, T, V] fp32."""
-        return self.unembed(self(tokens, mask, segments))
-
-    def features(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        """[B, D] for a task head: the last real token, which has seen the whole sequence."""
-        last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
-        return jnp.take_along_axis(self(tokens, mask), last[:, None, None], axis=1)[:, 0]
-
-
-def within(segments: jax.Array) -> jax.Array:
-    """segments [B, T] -> the position of each token in its own segment [B, T]."""
-    index = jnp.arange(segments.shape[1], dtype=jnp.int32)
-    new = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    return index - jax.lax.cummax(jnp.where(new, index, 0), axis=1)
-
-
-def together(segments: jax.Array, virtual: int) -> jax.Array:
-    """segments [B, T] -> bool [B, P + T, P + T]: keys of the query's own segment, and the P virtual tokens in front."""
-    segments = jnp.pad(segments, ((0, 0), (virtual, 0)), constant_values=-1)
-    return (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == -1)
-
-
-def causal(
-    mask: jax.Array,
-    positions: jax.Array,
-    window: int | None = None,
-    past: tuple[jax.Array, jax.Array] | None = None,
-) -> jax.Array:
-    """mask, positions [B, T] -> bool [B, T, T]: real keys at or before the query, and within its window.
-
-    past: mask and positions [B, N] of earlier tokens; then [B, T, N + T].
-    """
-    t = mask.shape[1]
-    allowed, keys = jnp.tril(jnp.ones((t, t), bool)) & mask[:, None, :].astype(bool), positions
-    if past is not None:
-        before = jnp.broadcast_to(past[0][:, None, :].astype(bool), (mask.shape[0], t, past[0].shape[1]))
-        allowed, keys = jnp.concatenate([before, allowed], axis=-1), jnp.concatenate([past[1], positions], axis=1)
-    if window is not None:
-        allowed &= positions[:, :, None] - keys[:, None, :] < window
-    return allowed
+        return angles(positions, frequencies(c.head_dim, c.rope_theta, c.rope_scaling))

@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from research.models.llama import causal
+from research.models.decoder import causal
 from research.nn.attention import Attention
 from research.nn.embed import Embed, Tied
 from research.nn.layers import apply_layers

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from research.models.llama import causal
+from research.models.decoder import causal
 from research.nn.attention import Attention, attend, slopes
 from research.nn.sites import Site
 
