@@ -50,7 +50,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("held_out", 1000, "Pairs drawn of each held-out part of a rated set.", lower_bound=1)
     flags.DEFINE_bool("soft", True, "The raters' chances as targets; else who wins, ties left out.")
     flags.DEFINE_string("template", None, "Of published pairs: own, text, chatml, plain, plain/zh. Default as in text.")
-    flags.DEFINE_string("peft", "lora", "Method specification, such as lora:rank=8 or houlsby+bitfit.")
+    flags.DEFINE_string("peft", "lora", "Method specification, such as lora:rank=8 or lora+bitfit.")
     flags.DEFINE_float("margin", 0.0, "Added to each pair's own margin: by how much the chosen one must lead.")
     flags.DEFINE_float("centre", 0.01, "Weight of (R_w + R_l)^2, which fixes the free constant.", lower_bound=0.0)
     flags.DEFINE_integer("max_length", 48, "Tokens a row is cut to.", lower_bound=3)

@@ -34,7 +34,7 @@ REFERENCE = ("model", "dtype", "remat", "peft", "seeds", "batch_size", "max_leng
 def define_flags() -> None:
     """Only where this is the script: other scripts' flags have the same names."""
     common.model_flags("minilm-l6")
-    flags.DEFINE_string("peft", "lora", "Method specification, such as lora:rank=8 or houlsby+bitfit.")
+    flags.DEFINE_string("peft", "lora", "Method specification, such as lora:rank=8 or lora+bitfit.")
     flags.DEFINE_integer("seeds", 1, "Runs in one program.", lower_bound=1)
     flags.DEFINE_integer("batch_size", 32, "Rows a step and seed.", lower_bound=1)
     flags.DEFINE_integer("max_length", 48, "Tokens a row, all of them real.", lower_bound=3)

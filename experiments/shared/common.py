@@ -64,8 +64,10 @@ def run(main: Callable[[], Any]) -> None:
 
 def _keep_compiled() -> None:
     """What is compiled is kept in the cache folder, unless JAX's own settings say otherwise."""
-    import jax
-
+    try:
+        import jax
+    except ModuleNotFoundError:  # `hf_reference` runs in an environment of its own
+        return
     if jax.config.jax_enable_compilation_cache and jax.config.jax_compilation_cache_dir is None:
         # By processor: code made for one may not run on another that shares the folder.
         try:
