@@ -18,7 +18,7 @@ os.environ["MPLBACKEND"] = "Agg"
 
 class _ByCase(LoadScopeScheduling):
     def _split_scope(self, nodeid: str) -> str:
-        case = re.search(r"\[(?:full-|dots-)?(.*-(?:encoder|decoder))\]$", nodeid)
+        case = re.search(r"\[(.*-(?:encoder|decoder))\]$", nodeid)
         return case.group(1) if case else nodeid.split("::")[0]
 
 

@@ -24,6 +24,7 @@ from research.quant.tree import quantise_tree
 from research.tasks import classify
 from research.tasks.loss import model_variables
 from tests import tiny
+from tests.peft.test_methods import first
 
 IDS = np.array([2, 0, -1, 1])
 EXTRA = ["lora:layers=1", "lora:rank=2+prefix:length=3,hidden=8+layernorm", "linear_probe"]
@@ -73,6 +74,7 @@ CASES = [
     pytest.param(spec, family, marks=() if family == "encoder" and spec in QUICK else pytest.mark.slow)
     for family in tiny.CONFIGS
     for spec in SPECS
+    if first(spec, family) or spec in QUICK
 ]
 
 

@@ -111,11 +111,12 @@ def test_micro_batches_equal_one_batch(spec, family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["full", "dots"])
 @some
-def test_remat_changes_no_gradient(spec, family, remat):
-    case, other = tiny.case(spec, family), tiny.case(spec, family, remat=remat)
-    tiny.close(case.gradients(case.point), other.gradients(case.point), 1e-6)
+def test_remat_changes_no_gradient(spec, family):
+    case = tiny.case(spec, family)
+    for remat in ["full", "dots"] if core(spec) else ["full"]:
+        other = tiny.case(spec, family, remat=remat)
+        tiny.close(case.gradients(case.point), other.gradients(case.point), 1e-6)
 
 
 def test_lora_dropout_is_only_in_training():
