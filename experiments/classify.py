@@ -49,9 +49,7 @@ def define_flags() -> None:
     """Only where this is the script: other scripts' flags have the same names."""
     common.model_flags(None)
     flags.DEFINE_string("data", "vader/movie", "Packaged set, file with text and label columns, or hub id.")
-    flags.DEFINE_string(
-        "peft", "lora", "Method specification, such as lora:rank=8,targets=attn/(q|v) or lora+bitfit."
-    )
+    flags.DEFINE_string("peft", "lora", "Method specification, such as lora:rank=8,targets=attn/(q|v) or lora+bitfit.")
     training.recipe_flags(learning_rate=1e-3, steps=300, batch_size=32)
     flags.DEFINE_integer("max_length", 48, "Tokens a row is cut to.", lower_bound=3)
     training.run_flags("runs/classify")

@@ -38,9 +38,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "model", "bert-base", "Preset, packaged name, directory of Hugging Face files, .gguf file or hub id."
     )
-    flags.DEFINE_string(
-        "peft", "lora", "Method specification, such as lora:rank=8,targets=attn/(q|v) or lora+bitfit."
-    )
+    flags.DEFINE_string("peft", "lora", "Method specification, such as lora:rank=8,targets=attn/(q|v) or lora+bitfit.")
     flags.DEFINE_bool("untie", False, "Give a model whose output is its token table a projection of its own.")
     flags.DEFINE_bool("tree", False, "Print every leaf, with what trains marked by *.")
     flags.DEFINE_bool("list", False, "Print the known models and methods, and exit.")

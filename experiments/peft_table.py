@@ -13,8 +13,6 @@ method result.json, metrics.jsonl, curve.png and adapters.
 """
 
 import os
-import shutil
-import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +20,10 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments.shared import common, entries, table, training
+from experiments.shared import cell, common, entries, table, training
 from experiments.shared.classification import (
     Data,
     Recipe,
-    Run,
     batches,
     load_data,
     predictions,
@@ -35,10 +32,10 @@ from experiments.shared.classification import (
 )
 from experiments.shared.entries import Entry
 from experiments.shared.table import Row
-from experiments.shared.training import counts, evaluator, load_base
+from experiments.shared.training import evaluator, load_base
 from research.convert.load import Pretrained
-from research.errors import FlagError, ModelError
-from research.train import checkpoint, loop, metrics, plot, state, step
+from research.errors import FlagError
+from research.train import loop, state
 from research.train.lock import lock
 
 PRESETS = {
@@ -134,110 +131,50 @@ def row(
 ) -> Row:
     """One method's row: read from its folder if it is finished, else trained."""
     seeds = list(range(identity["seeds"]))
-    if done := entries.finished(where, identity):
-        print(f"  finished before: accuracy {100 * done['row']['accuracy']:.1f}")
-        if retime:
-            done["row"] |= common.finite(timing(entry, base, data, recipe, seeds))
-            common.write_json(where / "result.json", done | {"retimed": True})
-        return done["row"]
-    if identity["tune"]:
-        entry = replace(entry, rate=tuned(entry, base, data, recipe, identity, where / "tune"))
-    result = common.finite(train(entry, base, data, recipe, seeds, where, identity))
-    common.write_json(where / "result.json", {"identity": identity, "row": result})
-    shutil.rmtree(where / "checkpoints", ignore_errors=True)
-    plot.curve(where / "metrics.jsonl", where / "curve.png")
-    return result
 
+    def score(rate: float) -> float:
+        run, result, _ = fit(entry, base, data, replace(recipe, learning_rate=rate), 0)
+        return evaluator(run, data.validation)(result.state)["accuracy"]
 
-def tuned(entry: Entry, base: Pretrained, data: Data, recipe: Recipe, identity: dict[str, Any], where: Path) -> float:
-    """The rate with the best validation accuracy of seed 0 among `tune` rates a factor of 3 apart around the entry's
-    own. One at which training diverges is the worst.
-    """
-    scores, tries = {}, identity["tune"]
-    for i in range(tries):
-        rate = float(f"{entry.rate * 3.0 ** (i - tries // 2):.1e}")
-        trial, path = replace(recipe, learning_rate=rate), where / f"{rate:g}.json"
-        mine = {k: identity[k] for k in ("spec", "base", "data", "dtype")} | {
-            "seed": 0,
-            "recipe": common.jsonable(trial),
-        }
-        found = common.read_json(path, identity=dict, accuracy=float) if path.exists() else {}
-        if found.get("identity") != mine:
-            run = start(base, entry.spec, len(data.class_names), data.train, trial, 0)
-            try:
-                result, _ = fit(run, data, trial, 0, f"{entry.name} at {rate:g}")
-                found = {"accuracy": evaluator(run, data.validation)(result.state)["accuracy"]}
-            except ModelError as error:  # nothing is saved here, so it is the loss that is not finite
-                print(f"  {error}")
-                found = {"accuracy": 0.0, "diverged": True}
-            common.write_json(path, {"identity": mine} | found)
-        scores[rate] = found["accuracy"]
-        print(f"  rate {rate:g}: validation accuracy {100 * scores[rate]:.2f}", flush=True)
-    return max(scores, key=scores.get)
+    before = entries.finished(where, identity)
+    found = cell.fill(
+        entry, identity, where, score, lambda tuned: train(tuned, base, data, recipe, seeds, where, identity)
+    )
+    if before and retime:
+        found |= common.finite(timing(entry, base, data, recipe, seeds))
+        common.write_json(where / "result.json", before | {"row": found, "retimed": True})
+    return found
 
 
 def fit(
-    run: Run,
-    data: Data,
-    recipe: Recipe,
-    seeds: int | list[int],
-    label: str,
-    where: Path | None = None,
-    identity: dict | None = None,
-) -> tuple[loop.Result, dict[str, int]]:
-    """Trains, and says how many bytes the step takes. With `where` it writes metrics and checkpoints, and resumes."""
-    batch = batches(data.train, recipe, seeds)
-    compiled = step.compile(run.step, run.state, run.frozen, batch(0))
-    kept = {}
-    if where is not None:
-        kept = {
-            "checkpointer": checkpoint.Checkpointer(where / "checkpoints", keep=1),
-            "save_every": max(20, recipe.steps // 3),
-            "identity": identity,
-            "writer": metrics.Writer(where / "metrics.jsonl"),
-            "log_every": max(1, recipe.steps // 60),
-        }
-    result = loop.fit(compiled, run.state, run.frozen, batch, steps=recipe.steps, label=label, **kept)
-    return result, step.memory(compiled)
+    entry: Entry, base: Pretrained, data: Data, recipe: Recipe, seeds: int | list[int], *kept: Any
+) -> tuple[training.Run, loop.Result, dict[str, int]]:
+    """The run, what came of it, and the memory of its step. `kept`: where, and the identity, of a run that is kept."""
+    run = start(base, entry.spec, len(data.class_names), data.train, recipe, seeds)
+    label = f"{entry.name} at {recipe.learning_rate:g}"
+    return run, *cell.fit(run, batches(data.train, recipe, seeds), recipe.steps, label, *kept)
 
 
 def timing(entry: Entry, base: Pretrained, data: Data, recipe: Recipe, seeds: list[int], steps: int = 12) -> Row:
     """The timing columns from a dozen steps."""
-    short = replace(recipe, steps=steps, learning_rate=entry.rate)
-    run = start(base, entry.spec, len(data.class_names), data.train, short, seeds)
-    result, _ = fit(run, data, short, seeds, f"{entry.name}, timing")
+    _, result, _ = fit(entry, base, data, replace(recipe, steps=steps, learning_rate=entry.rate), seeds)
     return {"step_ms": result.step_ms / len(seeds), "train_s": recipe.steps * result.step_ms / 1000 / len(seeds)}
 
 
 def train(
-    entry: Entry, base: Pretrained, data: Data, recipe: Recipe, seeds: list[int], where: Path, identity: dict
+    entry: Entry, base: Pretrained, data: Data, recipe: Recipe, seeds: list[int], where: Path, identity: dict[str, Any]
 ) -> Row:
     """Trains all seeds of a method in one program, evaluates them on the test part and saves each one's adapter."""
     recipe = replace(recipe, learning_rate=entry.rate)
-    run = start(base, entry.spec, len(data.class_names), data.train, recipe, seeds)
-    trainable, total = counts(run)
-    result, memory = fit(run, data, recipe, seeds, entry.name, where, identity)
+    run, result, memory = fit(entry, base, data, recipe, seeds, where, identity)
     found = predictions(base, run, result.state, data.test)
     accuracy = [float(x) for x in np.mean(found == data.test["labels"], axis=1)]
     size = []
     for i, seed in enumerate(seeds):
         one, more = state.take(result.state, i), {"seed": seed, "accuracy": accuracy[i]}
         size.append(save_adapter(where / f"adapter-{seed}", base, entry.spec, run, one, data, recipe, **more))
-    print(f"  accuracy {100 * statistics.mean(accuracy):.1f}", flush=True)
-    return {
-        "method": entry.name,
-        "trainable": trainable,
-        "percent": 100 * trainable / total,
-        "accuracy": statistics.mean(accuracy),
-        "std": statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0,
-        "accuracies": accuracy,
-        "predictions": ["".join(map(str, row)) if len(data.class_names) <= 10 else row.tolist() for row in found],
-        "rate": entry.rate,
-        "train_s": result.seconds / len(seeds),
-        "step_ms": result.step_ms / len(seeds),
-        "step_mb": memory["peak"] / 2**20,
-        "adapter_kb": size[0] / 2**10,
-    }
+    said = ["".join(map(str, row)) if len(data.class_names) <= 10 else row.tolist() for row in found]
+    return cell.row(entry, run, result, memory, accuracy, size[0]) | {"predictions": said}
 
 
 if __name__ == "__main__":

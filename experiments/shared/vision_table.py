@@ -11,8 +11,6 @@ does, and the row then trains on all of them; the test part is looked at once.
 import csv
 import io
 import os
-import shutil
-import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,15 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from experiments.shared import augmenting, common, entries, images, table, training, vtab
+from experiments.shared import augmenting, cell, common, entries, images, table, training, vtab
 from experiments.shared.entries import Entry
 from experiments.shared.images import Recipe
 from experiments.shared.table import Row
 from experiments.shared.vit_base import VitBase
 from research.data.images import Images, split
-from research.errors import ModelError
 from research.files import write_text
-from research.train import checkpoint, loop, metrics, plot, state, step
+from research.train import loop, plot, state
 
 # Starting points for a small base; --tune tries their neighbours.
 METHODS = (
@@ -65,7 +62,7 @@ def fill(
         for task in tasks:
             print(f"[{len(cells) + 1}/{len(tasks) * len(todo)}] {entry.name} on {task}", flush=True)
             place, identity = places[task, entry], identities[task, entry]
-            cells[task, entry.name] = cell(entry, base, parts[task], recipe, identity, place)
+            cells[task, entry.name] = one(entry, base, parts[task], recipe, identity, place)
             write(names, tasks, cells, workdir, title(base, recipe, same))
     for task in tasks:
         heading = f"{task}: {vtab.TASKS[task].metric} on {len(parts[task][1].labels)} images"
@@ -82,20 +79,17 @@ def title(base: VitBase, recipe: Recipe, same: dict[str, Any]) -> str:
     )
 
 
-def cell(
+def one(
     entry: Entry, base: VitBase, parts: tuple[Images, Images], recipe: Recipe, identity: dict[str, Any], where: Path
 ) -> Row:
     """One method on one task: read from its folder if it is finished, else trained."""
-    if done := entries.finished(where, identity):
-        print(f"  finished before: accuracy {100 * done['row']['accuracy']:.1f}")
-        return done["row"]
-    if identity["tune"]:
-        entry = replace(entry, rate=tuned(entry, base, parts[0], recipe, identity, where / "tune"))
-    found = common.finite(train(entry, base, parts, recipe, identity, where))
-    common.write_json(where / "result.json", {"identity": identity, "row": found})
-    shutil.rmtree(where / "checkpoints", ignore_errors=True)
-    plot.curve(where / "metrics.jsonl", where / "curve.png")
-    return found
+
+    def score(rate: float) -> float:
+        part, held = split(parts[0], 0.2)
+        run, result, _ = fit(entry, base, part, replace(recipe, learning_rate=rate), 0, identity["augment"])
+        return training.evaluator(run, images.arrays(held))(result.state)["accuracy"]
+
+    return cell.fill(entry, identity, where, score, lambda tuned: train(tuned, base, parts, recipe, identity, where))
 
 
 def train(
@@ -105,67 +99,22 @@ def train(
     (learn, test), seeds = parts, list(range(identity["seeds"]))
     recipe = replace(recipe, learning_rate=entry.rate)
     run, result, memory = fit(entry, base, learn, recipe, seeds, identity["augment"], where, identity)
-    trainable, total = training.counts(run)
     predict = images.predictor(base, run.method, run.sites)
     accuracy, size = [], []
     for i, seed in enumerate(seeds):
-        one = state.take(result.state, i)
-        accuracy.append(float(np.mean(predict(one.variables(run.frozen), test) == test.labels)))
+        mine = state.take(result.state, i)
+        accuracy.append(float(np.mean(predict(mine.variables(run.frozen), test) == test.labels)))
         more = {"seed": seed, "accuracy": accuracy[-1], "data": identity["task"]}
-        size.append(images.save_adapter(where / f"adapter-{seed}", base, entry.spec, run, one, test.classes, **more))
-    print(f"  accuracy {100 * statistics.mean(accuracy):.1f}", flush=True)
-    return {
-        "method": entry.name, "trainable": trainable, "percent": 100 * trainable / total,
-        "accuracy": statistics.mean(accuracy), "std": statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0,
-        "accuracies": accuracy, "rate": entry.rate, "train_s": result.seconds / len(seeds),
-        "step_ms": result.step_ms / len(seeds), "step_mb": memory["peak"] / 2**20, "adapter_kb": size[0] / 2**10,
-    }  # fmt: skip
+        size.append(images.save_adapter(where / f"adapter-{seed}", base, entry.spec, run, mine, test.classes, **more))
+    return cell.row(entry, run, result, memory, accuracy, size[0])
 
 
 def fit(
-    entry: Entry,
-    base: VitBase,
-    learn: Images,
-    recipe: Recipe,
-    seeds: int | list[int],
-    augment: str,
-    where: Path | None = None,
-    identity: dict[str, Any] | None = None,
+    entry: Entry, base: VitBase, learn: Images, recipe: Recipe, seeds: int | list[int], augment: str, *kept: Any
 ) -> tuple[training.Run, loop.Result, dict[str, int]]:
-    """Trains, and says how many bytes the step takes. With `where` it writes metrics and checkpoints, and resumes."""
+    """The run, what came of it, and the memory of its step. `kept`: where, and the identity, of a run that is kept."""
     run = images.start(base, entry.spec, learn, recipe, seeds, augmenting.parse(augment))
-    batch = images.batches(learn, recipe, seeds)
-    compiled = training.compile_step(run, batch)[0]
-    kept = {} if where is None else {
-        "checkpointer": checkpoint.Checkpointer(where / "checkpoints", keep=1), "identity": identity,
-        "save_every": max(20, recipe.steps // 3), "writer": metrics.Writer(where / "metrics.jsonl"),
-        "log_every": max(1, recipe.steps // 60),
-    }  # fmt: skip
-    result = loop.fit(compiled, run.state, run.frozen, batch, steps=recipe.steps, label=entry.name, **kept)
-    return run, result, step.memory(compiled)
-
-
-def tuned(entry: Entry, base: VitBase, learn: Images, recipe: Recipe, identity: dict[str, Any], where: Path) -> float:
-    """The rate with the best validation accuracy of seed 0 among `tune` rates a factor of 3 apart around the entry's
-    own. One at which training diverges is the worst.
-    """
-    scores, tries = {}, identity["tune"]
-    part, held = split(learn, 0.2)
-    for i in range(tries):
-        rate = float(f"{entry.rate * 3.0 ** (i - tries // 2):.1e}")
-        path, mine = where / f"{rate:g}.json", {k: v for k, v in identity.items() if k not in ("seeds", "tune", "rate")}
-        found = common.read_json(path, identity=dict, accuracy=float) if path.exists() else {}
-        if found.get("identity") != mine:
-            try:
-                run, result, _ = fit(entry, base, part, replace(recipe, learning_rate=rate), 0, identity["augment"])
-                found = {"accuracy": training.evaluator(run, images.arrays(held))(result.state)["accuracy"]}
-            except ModelError as error:  # nothing is saved here, so it is the loss that is not finite
-                print(f"  {error}")
-                found = {"accuracy": 0.0, "diverged": True}
-            common.write_json(path, {"identity": mine} | found)
-        scores[rate] = found["accuracy"]
-        print(f"  rate {rate:g}: validation accuracy {100 * scores[rate]:.2f}", flush=True)
-    return max(scores, key=scores.get)
+    return run, *cell.fit(run, images.batches(learn, recipe, seeds), recipe.steps, entry.name, *kept)
 
 
 # --------------------------------------------------------------------------------------------------------------- tables

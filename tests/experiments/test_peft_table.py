@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import peft_table
-from experiments.shared import entries, table
+from experiments.shared import cell, entries, table
 from experiments.shared.entries import Entry
 from experiments.shared.table import COLUMNS
 from research.convert.load import load
@@ -148,32 +147,25 @@ def test_a_length_is_refused_before_anything_is_allocated(method: str):
         entries.applicable(entries.parse(f"lora;{method}:length=1000000000"), load("smoke"), 16, skip=False)
 
 
-def test_tuning_knows_whose_scores_it_reads_and_that_divergence_is_worst(tmp_path: Path, monkeypatch):
+def test_tuning_knows_whose_scores_it_reads_and_that_divergence_is_worst(tmp_path: Path):
     tried = []
 
-    def fit(run, data, recipe, *_):
-        tried.append(recipe.learning_rate)
-        if recipe.learning_rate > 2e-3:
+    def score(rate: float) -> float:
+        tried.append(rate)
+        if rate > 2e-3:
             raise ModelError("step 3 is not finite")
-        return type("Result", (), {"state": recipe.learning_rate}), {}
+        return 0.5 + rate
 
-    monkeypatch.setattr(peft_table, "fit", fit)
-    monkeypatch.setattr(peft_table, "start", lambda *_: None)
-    monkeypatch.setattr(peft_table, "evaluator", lambda *_: lambda rate: {"accuracy": 0.5 + rate})
-    data = type("Data", (), {"class_names": "ab", "train": None, "validation": None})
-    recipe, entry = peft_table.Recipe(0.0, steps=20), Entry("lora", "lora", 1e-3)
-    identity = {"spec": "lora", "base": "b", "data": "d", "dtype": "float32", "tune": 3}
+    def chosen(steps: int) -> float:
+        return cell.tuned(1e-3, 3, {"spec": "lora", "recipe": {"steps": steps}}, tmp_path, score)
 
-    def chosen(recipe: peft_table.Recipe) -> float:
-        return peft_table.tuned(entry, None, data, recipe, identity, tmp_path)
-
-    assert chosen(recipe) == chosen(recipe) == 1e-3
+    assert chosen(20) == chosen(20) == 1e-3
     assert tried == [3.3e-4, 1e-3, 3e-3]
-    chosen(peft_table.replace(recipe, steps=30))
+    chosen(30)
     assert len(tried) == 6
     (tmp_path / "0.001.json").write_text("[]")
     with pytest.raises(DataError, match="0.001.json is damaged"):
-        chosen(recipe)
+        chosen(20)
 
 
 @pytest.mark.parametrize(

@@ -419,19 +419,22 @@ def test_seeds_of_one_program_equal_seeds_alone(table: Path, tmp_path: Path):
         np.testing.assert_allclose(two[name], leaf, atol=1e-6, err_msg=name)
 
 
-def test_the_best_rate_is_chosen_and_one_that_diverges_is_the_worst(tmp_path: Path, monkeypatch, capsys):
-    tried = []
+def test_a_rate_is_chosen_on_a_fifth_of_the_training_images(tmp_path: Path, monkeypatch):
+    seen = []
 
     def fit(entry, base, learn, recipe, *_):
-        tried.append((recipe.learning_rate, len(learn.labels)))
-        if recipe.learning_rate > 0.2:
-            raise ModelError("not finite")
+        seen.append((recipe.learning_rate, len(learn.labels)))
         return None, SimpleNamespace(state=recipe.learning_rate), None
 
+    def evaluator(run, part):
+        assert len(part["labels"]) == 4
+        return lambda rate: {"accuracy": 1 - rate}
+
     monkeypatch.setattr(vision_table, "fit", fit)
-    monkeypatch.setattr(vision_table.training, "evaluator", lambda run, part: lambda rate: {"accuracy": 1 - rate})
+    monkeypatch.setattr(vision_table.training, "evaluator", evaluator)
+    monkeypatch.setattr(vision_table, "train", lambda entry, *_: {"rate": entry.rate})
+    monkeypatch.setattr(vision_table.cell.plot, "curve", lambda *_: None)
     entry, identity = Entry("lora", "lora", 0.1), {"tune": 3, "seeds": 3, "rate": 0.1, "augment": "none"}
-    given = (entry, None, images.smoke(20, 0), images.Recipe(0.0), identity, tmp_path)
-    assert vision_table.tuned(*given) == 0.033
-    assert tried == [(0.033, 16), (0.1, 16), (0.3, 16)]  # 800 / 200
-    assert vision_table.tuned(*given) == 0.033 and len(tried) == 3  # the trials are read again
+    parts = images.smoke(20, 0), images.smoke(20, 1)
+    assert vision_table.one(entry, None, parts, images.Recipe(0.0), identity, tmp_path)["rate"] == 0.033
+    assert seen == [(0.033, 16), (0.1, 16), (0.3, 16)]  # 800 / 200
