@@ -18,9 +18,8 @@ def lock(folder: str | Path) -> Iterator[None]:
     The kernel frees the lock of a dead process, so none is ever stale. Of the processes of one run the first holds it
     for all. Raises FlagError too for a folder that cannot be made or written.
     """
-    from jax._src.distributed import global_state  # without starting a backend, as jax.process_index would
-
-    if global_state.process_id:
+    distributed = sys.modules.get("jax._src.distributed")  # without starting a backend, and without jax where it is not
+    if distributed and distributed.global_state.process_id:
         yield
         return
     path = Path(folder) / "LOCK"

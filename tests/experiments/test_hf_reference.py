@@ -100,13 +100,17 @@ def test_neither_torch_nor_jax_is_imported_with_the_script():
     assert done.stdout.strip() == "[]"
 
 
-def test_runs_where_there_is_no_jax():
-    code = (
-        "import runpy, sys; sys.modules['jax'] = None; sys.argv = ['hf_reference', '--methods=lorra'];"
-        "runpy.run_module('experiments.hf_reference', run_name='__main__')"
-    )
+def test_starts_and_locks_its_folder_where_there_is_no_jax(tmp_path):
+    code = f"""
+import runpy, sys
+sys.modules["jax"] = None
+from research.train.lock import lock
+with lock({str(tmp_path)!r}):
+    sys.argv = ["hf_reference", "--methods=lorra"]
+    runpy.run_module("experiments.hf_reference", run_name="__main__")
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 2 and "lorra" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "lorra" in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 @pytest.fixture
