@@ -156,7 +156,7 @@ def curve(table: np.ndarray) -> list[dict[str, float]]:
 
 def draw(points: list[dict[str, float]], png: Path) -> None:
     """Score against KL."""
-    figure = plot._figure(5, 3.6)
+    figure = plot.figure(5, 3.6)
     axes = figure.add_subplot()
     axes.plot([p["kl"] for p in points], [p["score"] for p in points], marker="o")
     for p in points:
@@ -164,7 +164,7 @@ def draw(points: list[dict[str, float]], png: Path) -> None:
     axes.set(xlabel="KL from the policy, at most (nats)", ylabel="score of the best of n")
     axes.margins(0.12)
     axes.grid(alpha=0.3)
-    plot._save(figure, png)
+    plot.save(figure, png)
 
 
 # ------------------------------------------------------------------------------------------------- the script

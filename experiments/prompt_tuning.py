@@ -23,9 +23,10 @@ from tabulate import tabulate
 from experiments.shared import common, language, replies, training
 from experiments.shared.dry_run import dry_run
 from research.errors import FlagError
-from research.files import write_bytes, write_text
+from research.files import write_text
 from research.generate.sampling import Sampling
 from research.peft.prompt import STARTS
+from research.train import plot
 from research.train.lock import lock
 
 TEXT = "下面是一段人与机器人的对话。"
@@ -139,14 +140,12 @@ def write(rows: list[dict[str, Any]], folder: Path, heading: str) -> None:
     shown = tabulate(cells, HEADINGS, tablefmt="github", floatfmt=("", "", "", ".4f", ".4f", ".0f"), intfmt=",",
                      missingval="-")  # fmt: skip
     write_text(folder / "table.md", f"{heading}\n\n{shown}\n")
-    write_bytes(folder / "table.png", drawn(rows))
+    draw(rows, folder / "table.png")
 
 
-def drawn(rows: list[dict[str, Any]]) -> bytes:
-    """A PNG: the loss of each start at the commonest length, and of the text start by length."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.4, 3.4), dpi=150, layout="tight")
+def draw(rows: list[dict[str, Any]], png: Path) -> None:
+    """The loss of each start at the commonest length, and of the text start by length."""
+    figure = plot.figure(8.4, 3.4)
     starts, lengths = figure.subplots(1, 2)
     bare, trained = rows[0]["after"], rows[1:]
     same = [row for row in trained if row["tokens"] == trained[0]["tokens"]]
@@ -162,9 +161,7 @@ def drawn(rows: list[dict[str, Any]]) -> bytes:
         axes.axhline(bare, color="grey", linestyle=":", label="no prompt")
         axes.grid(alpha=0.3)
         axes.legend()
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    return png.getvalue()
+    plot.save(figure, png)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ A batch holds uint8 pixels as they are stored; resizing, augmentation and normal
 """
 
 import hashlib
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,6 @@ from research.data import images
 from research.data.batches import Batches, eval_batches
 from research.data.images import Images
 from research.errors import DataError, FlagError, did_you_mean
-from research.files import write_bytes
 from research.models.stack import stack
 from research.models.vit import VitConfig
 from research.peft import adapter
@@ -31,8 +29,8 @@ from research.peft import method as peft
 from research.peft.method import Method, Sites, Variables
 from research.tasks import classify
 from research.tasks.loss import Loss
+from research.train import plot, step
 from research.train import state as states
-from research.train import step
 from research.vision import preprocess, transfer
 
 
@@ -284,13 +282,9 @@ def confusion(found: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray
 
 def draw_confusion(matrix: np.ndarray, classes: Sequence[str], png: Path) -> None:
     """A confusion matrix as a picture: colour is the share of the true class, numbers are rows."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     count, share = len(classes), matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     side = min(14.0, 2.5 + 0.5 * count)
-    figure = Figure(figsize=(side, side), dpi=120, layout="tight")
-    FigureCanvasAgg(figure)
+    figure = plot.figure(side, side)
     axes = figure.add_subplot()
     axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     axes.set(xlabel="predicted", ylabel="true", title=f"accuracy {np.trace(matrix) / max(1, matrix.sum()):.4f}")
@@ -300,6 +294,4 @@ def draw_confusion(matrix: np.ndarray, classes: Sequence[str], png: Path) -> Non
         for (row, column), number in np.ndenumerate(matrix):
             tone = "white" if share[row, column] > 0.5 else "black"
             axes.text(column, row, int(number), ha="center", va="center", fontsize=7, color=tone)
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png")
-    write_bytes(png, drawn.getvalue())
+    plot.save(figure, png)

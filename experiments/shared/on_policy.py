@@ -29,7 +29,7 @@ from research.rl.kl import Adaptive, Fixed
 from research.rl.rewards import RewardFn
 from research.tasks import policy
 from research.train import mesh as meshes
-from research.train import metrics
+from research.train import metrics, plot
 from research.train import state as states
 
 CURVE = ("reward", "eval/reward", "kl_sequence", "entropy", "clip_fraction")
@@ -292,9 +292,7 @@ def train(
 
 def frontier(series: dict[str, Sequence[tuple[float, float]]], png: Path, line: Sequence | None = None) -> None:
     """Draws reward against KL in nats a completion: a series a name, and `line` (best of n) as a dashed one."""
-    from research.train.plot import _figure, _save
-
-    figure = _figure(6.5, 4.2)
+    figure = plot.figure(6.5, 4.2)
     axes = figure.add_subplot()
     for name, points in series.items():
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linestyle="none", label=name)
@@ -303,4 +301,4 @@ def frontier(series: dict[str, Sequence[tuple[float, float]]], png: Path, line: 
     axes.set(xlabel="KL(policy || reference), nats a completion", ylabel="reward")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    _save(figure, png)
+    plot.save(figure, png)

@@ -160,7 +160,7 @@ def _judgement(record: object, where: str) -> Judgement:
             raise DataError(f"{where}: the label is {str(record['label'])[:40]!r}, expected true or false")
         *prompt, answer = conversation(record, where)
         return Judgement(tuple(prompt), answer["content"], liked=bool(record["label"]))
-    pair = pairs._pair(record, where)
+    pair = pairs.pair_of(record, where)
     weight = {name: _number(record, name, start, where) for name, start in (("margin", 0.0), ("probability", 1.0))}
     if not 0 <= weight["probability"] <= 1:
         raise DataError(f"{where}: the probability is {weight['probability']}, expected 0 to 1")

@@ -70,7 +70,7 @@ def load(source: str, *, cache: str | os.PathLike | None = None) -> tuple[tuple[
     kept, dropped = [], Counter()
     for where, record in read_records(path):
         try:
-            kept.append(_pair(record, where))
+            kept.append(pair_of(record, where))
         except Dropped as reason:
             dropped[str(reason)] += 1
     if not kept:
@@ -89,7 +89,8 @@ def judged(*, cache: str | os.PathLike | None = None) -> tuple[tuple[Judged, ...
     return tuple(kept), dict(dropped)
 
 
-def _pair(record: object, where: str) -> Pair:
+def pair_of(record: object, where: str) -> Pair:
+    """The pair of a row. Raises DataError for a row of another form, Dropped for one that can't teach."""
     asked = ("prompt", "conversations")
     if not isinstance(record, Mapping) or not {"chosen", "rejected"} <= set(record) or not set(asked) & set(record):
         found = ", ".join(map(str, record)) if isinstance(record, Mapping) else type(record).__name__

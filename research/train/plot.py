@@ -11,6 +11,23 @@ from research.files import write_bytes
 from research.train.metrics import read
 
 
+def figure(width: float, height: float) -> Any:
+    """An empty figure of matplotlib's, in inches, which `save` writes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    made = Figure(figsize=(width, height), dpi=150, layout="tight")
+    FigureCanvasAgg(made)
+    return made
+
+
+def save(drawn: Any, png: str | Path) -> None:
+    """Writes a figure as PNG, whole or not at all."""
+    content = io.BytesIO()
+    drawn.savefig(content, format="png")
+    write_bytes(Path(png), content.getvalue())
+
+
 def curve(
     metrics_jsonl: str | Path, png: str | Path, names: Sequence[str] = ("loss", "eval/loss", "eval/accuracy")
 ) -> None:
@@ -20,14 +37,14 @@ def curve(
     series = {n: points for n, points in series.items() if points}
     if not series:
         raise DataError(f"{metrics_jsonl} has none of {', '.join(names)}")
-    figure = _figure(4.2 * len(series), 3.2)
+    drawn = figure(4.2 * len(series), 3.2)
     for place, (name, points) in enumerate(series.items(), 1):
-        axes = figure.add_subplot(1, len(series), place)
+        axes = drawn.add_subplot(1, len(series), place)
         steps, values = zip(*points, strict=True)
         axes.plot(steps, values, marker="." if len(points) < 50 else None)
         axes.set(xlabel="step", title=name)
         axes.grid(alpha=0.3)
-    _save(figure, png)
+    save(drawn, png)
 
 
 def scatter(
@@ -46,8 +63,8 @@ def scatter(
     """
     if not rows:
         raise DataError("nothing to plot: the table has no row")
-    figure = _figure(8, 5)
-    axes = figure.add_subplot()
+    drawn = figure(8, 5)
+    axes = drawn.add_subplot()
     axes.set_xscale("log")
     colors = [f"C{place % 10}" for place in range(len(rows))]
     for r, color in zip(rows, colors, strict=True):
@@ -55,8 +72,8 @@ def scatter(
     axes.set(xlabel=f"{x} parameters", ylabel=f"{y} (mean ± std)", title=title)
     axes.margins(x=0.15, y=0.15)
     axes.grid(alpha=0.3)
-    _label(figure, axes, [(r[x], r[y], r.get(error) or 0.0, str(r[label])) for r in rows], colors)
-    _save(figure, png)
+    _label(drawn, axes, [(r[x], r[y], r.get(error) or 0.0, str(r[label])) for r in rows], colors)
+    save(drawn, png)
 
 
 def _label(figure: Any, axes: Any, points: Sequence[tuple[float, float, float, str]], colors: Sequence[str]) -> None:
@@ -99,18 +116,3 @@ def _label(figure: Any, axes: Any, points: Sequence[tuple[float, float, float, s
             if cost == 0:
                 break
         taken.append(best[2])
-
-
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=150, layout="tight")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Any, png: str | Path) -> None:
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png")
-    write_bytes(Path(png), drawn.getvalue())

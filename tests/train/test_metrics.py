@@ -101,8 +101,8 @@ def test_curve_draws_what_is_there(tmp_path):
 
 
 def test_a_plot_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
-    figure, png = plot._figure(2, 2), tmp_path / "deep" / "c.png"
-    plot._save(figure, png)
+    figure, png = plot.figure(2, 2), tmp_path / "deep" / "c.png"
+    plot.save(figure, png)
     before = png.read_bytes()
 
     def cut(path, content):
@@ -113,13 +113,13 @@ def test_a_plot_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.write_bytes", cut)
     figure.suptitle("new")
     with pytest.raises(ModelError, match="cannot write .*c.png: No space left on device"):
-        plot._save(figure, png)
+        plot.save(figure, png)
     assert png.read_bytes() == before and [p.name for p in png.parent.iterdir()] == ["c.png"]
 
 
 def test_scatter_labels_do_not_cover_each_other(tmp_path, monkeypatch):
-    figures, save = [], plot._save
-    monkeypatch.setattr(plot, "_save", lambda figure, png: (figures.append(figure), save(figure, png)))
+    figures, save = [], plot.save
+    monkeypatch.setattr(plot, "save", lambda figure, png: (figures.append(figure), save(figure, png)))
     rows = [
         {
             "method": f"method-{i}",
