@@ -80,7 +80,7 @@ def train(values: Any) -> None:
     """Trains, evaluates, saves the adapter."""
     recipe = Recipe(**common.flag_values(*Recipe.__dataclass_fields__))
     workdir = Path(values.workdir).expanduser()
-    with training.use_mesh(values.mesh) as mesh, lock(workdir):
+    with training.use_mesh(values.mesh, several=True) as mesh, lock(workdir):
         options = {"dtype": values.dtype, "remat": values.remat, "untie": values.untie}
         base = training.load_base(values.model or DEFAULT_MODEL, values.quantise, mesh, **options)
         check_length(base, check(base, values.peft), recipe.max_length)

@@ -115,7 +115,7 @@ def train_one(values: Any) -> None:
     """Trains, and saves a model or an adapter."""
     recipe = Recipe(**common.flag_values(*Recipe.__dataclass_fields__))
     workdir = Path(values.workdir).expanduser()
-    with training.use_mesh(values.mesh) as mesh, lock(workdir):
+    with training.use_mesh(values.mesh, several=True) as mesh, lock(workdir):
         task = prepare(values)
         base, spec = task.base, values.peft or ("lora:rank=8,targets=all" if values.base else "full")
         run = start(task, spec, recipe, values.seed, mesh)

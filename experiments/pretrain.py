@@ -47,6 +47,7 @@ from research.peft import adapter as adapters
 from research.peft import method as peft
 from research.peft import tree
 from research.tasks import lm
+from research.train import distributed
 from research.train import state as states
 from research.train.lock import lock
 
@@ -86,9 +87,13 @@ def main() -> None:
     recipe = Recipe(**common.flag_values(*Recipe.__dataclass_fields__))
     check_flags(values)
     workdir = Path(values.workdir).expanduser()
-    with training.use_mesh(values.mesh) as mesh, lock(workdir), text_folder(workdir, values.dry_run) as folder:
+    with (
+        training.use_mesh(values.mesh, several=True) as mesh,
+        lock(workdir),
+        text_folder(workdir, values.dry_run) as folder,
+    ):
         base = None if values.model is None else given_base(values)
-        text = prepare(values.data, folder, values.vocab_size, base)
+        text = distributed.after_first(lambda: prepare(values.data, folder, values.vocab_size, base))
         base = base or fresh_base(values, text.tokenizer)
         check_length(base, check(base, values.peft), recipe.max_length)
         batch = windows(text, recipe, values.seed)
@@ -137,7 +142,7 @@ def check_flags(values: Any) -> None:
 @contextlib.contextmanager
 def text_folder(workdir: Path, temporary: bool) -> Iterator[Path]:
     """Where tokenizer and tokens are kept: a dry run leaves none."""
-    if not temporary:
+    if not temporary or jax.process_count() > 1:
         yield workdir / "text"
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -233,7 +238,7 @@ def sample(
         mask, sampling = jnp.ones_like(given), Sampling(temperature=0.8, top_p=0.95)
         return generate(base.model, realised, given, mask, rng, max_new=room, sampling=sampling, stop=(eos,), pad=eos)
 
-    out = jax.device_get(write(state.variables(run.frozen), jax.random.key(seed)))
+    out = jax.tree.map(tree.whole, write(state.variables(run.frozen), jax.random.key(seed)))
     new = [row[: int(mask.sum())] for row, mask in zip(out.tokens, out.mask, strict=True)]
     read = lambda ids: base.tokenizer.decode(ids, skip_special_tokens=True)  # noqa: E731
     return [f"{read(before)}|{read(after)}" for before, after in zip(np.asarray(given), new, strict=True)]
@@ -245,7 +250,7 @@ def keep(
     """Writes a model directory that `load` reads, or the adapter of a method that leaves the base as it is."""
     variables = state.variables(run.frozen)
     if spec.strip() == "full":
-        params = jax.tree.map(np.asarray, variables["params"])
+        params = jax.tree.map(tree.whole, variables["params"])
         return export_hf(workdir / "model", base.config, params, base.tokenizer)
     named = {"name": base.name, "fingerprint": base.fingerprint}
     adapters.save(workdir / "adapter", spec, variables, run.sites, named, task="lm", scores=scores)

@@ -62,7 +62,7 @@ def main() -> None:
     recipe = language.Recipe(**common.flag_values(*language.Recipe.__dataclass_fields__))
     sampling = Sampling(values.temperature, top_p=values.top_p)
     workdir = Path(values.workdir).expanduser() / ("table" if values.mode == "table" else "")
-    with training.use_mesh(values.mesh) as mesh, lock(workdir):
+    with training.use_mesh(values.mesh, several=True) as mesh, lock(workdir):
         options = {"dtype": values.dtype, "remat": values.remat, "untie": values.untie}
         base = replies.load_model(values.model, values.quantise, mesh, **options)
         chat = replies.chat_of(base, values.template)

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -32,6 +31,7 @@ from research.data.instructions import Dropped
 from research.errors import ModelError
 from research.peft import adapter as adapters
 from research.peft import method as peft
+from research.peft import tree
 from research.rl.rewards import RewardFn
 from research.tasks import reward
 from research.tasks.loss import Loss
@@ -141,7 +141,7 @@ def main() -> None:
     values = flags.FLAGS
     recipe = training.Recipe(**common.flag_values(*training.Recipe.__dataclass_fields__))
     workdir = Path(values.workdir).expanduser()
-    with training.use_mesh(values.mesh) as mesh, lock(workdir):
+    with training.use_mesh(values.mesh, several=True) as mesh, lock(workdir):
         options = {"dtype": values.dtype, "remat": values.remat, "untie": values.untie}
         base = training.load_base(values.model, values.quantise, mesh, **options)
         added = classification.check(base, values.peft)
@@ -201,8 +201,8 @@ def normalised(base: Pretrained, run: training.Run, variables: dict, train: Leav
         k: np.concatenate([train[f"{s}_{k}"][: most // 2] for s in ("chosen", "rejected")]) for k in ("tokens", "mask")
     }
     batches = list(eval_batches(sides, 64))
-    found = np.concatenate([each(variables, b) for b in batches])[: len(sides["tokens"])]
-    head = reward.normalise(variables["head"], jnp.asarray(found))
+    found = np.concatenate([tree.whole(each(variables, b)) for b in batches])[: len(sides["tokens"])]
+    head = reward.normalise(jax.tree.map(tree.whole, variables["head"]), found)
     return variables | {"head": head}, {"mean": float(found.mean()), "std": float(found.std())}
 
 

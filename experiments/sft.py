@@ -39,7 +39,7 @@ def main() -> None:
     values = flags.FLAGS
     recipe = language.Recipe(**common.flag_values(*language.Recipe.__dataclass_fields__))
     workdir = Path(values.workdir).expanduser()
-    with training.use_mesh(values.mesh) as mesh, lock(workdir):
+    with training.use_mesh(values.mesh, several=True) as mesh, lock(workdir):
         options = {"dtype": values.dtype, "remat": values.remat, "untie": values.untie}
         base = replies.load_model(values.model, values.quantise, mesh, **options)
         chat = replies.chat_of(base, values.template)

@@ -139,7 +139,7 @@ def train(values: Any, settings: dict[str, Any], recipe: Recipe, workdir: Path) 
     scratch, spec, augment = values.mode == "pretrain", settings["peft"], augmenting.parse(settings["augment"])
     if scratch and (spec != "full" or values.quantise):
         raise FlagError("--mode=pretrain trains a whole base: --peft=full, unquantised. --mode=adapt is for methods.")
-    with training.use_mesh(values.mesh) as mesh, lock(workdir):
+    with training.use_mesh(values.mesh, several=True) as mesh, lock(workdir):
         base = None if scratch else load_base(values)
         config = new_config(values) if scratch else base.config
         part = {"classes": values.classes, "shots": values.shots, "seed": values.seed}
@@ -217,6 +217,7 @@ def table(values: Any, settings: dict[str, Any], recipe: Recipe, workdir: Path) 
     if refused := [name for name in ("data", "classes", "shots", "peft", "mesh") if values[name].present]:
         raise FlagError(f"--{refused[0]} is not for --mode=table, which has --tasks and --methods.")
     augmenting.parse(settings["augment"])
+    training.one_process()
     with lock(workdir):
         base = load_base(values)
         todo = applicable(todo, base, skip=(values.methods or "").strip() == "all")

@@ -1,5 +1,8 @@
 """Writing files so that a reader sees the whole of the new one or the whole of the old one, whatever happens in
 between.
+
+Of the processes of one run the first writes; the others run the same lines inside `left_to_another`, which makes these
+functions do nothing.
 """
 
 import errno
@@ -8,10 +11,29 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from research.errors import ModelError
+
+_here = True  # whether this process writes
+
+
+def writes() -> bool:
+    """Whether this process is the one that writes."""
+    return _here
+
+
+@contextmanager
+def left_to_another() -> Iterator[None]:
+    """Nothing is written inside, since another process writes the same."""
+    global _here
+    _here = False
+    try:
+        yield
+    finally:
+        _here = True
 
 
 def write_text(path: Path, text: str) -> None:
@@ -21,6 +43,8 @@ def write_text(path: Path, text: str) -> None:
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file atomically, making its folder if need be. Raises ModelError."""
+    if not writes():
+        return
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,13 +60,15 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def replace_directory(
     directory: Path, fill: Callable[[Path], None], ours: Callable[[Path], bool], needed: int = 0
-) -> None:
-    """Lets `fill` write into a temporary sibling, which then takes the directory's name.
+) -> int:
+    """Lets `fill` write into a temporary sibling, which then takes the directory's name; returns the bytes written.
 
     An empty directory, or one that is `ours`, is replaced; anything else is left alone. `needed` (bytes) is for the
     message of a full disk. One process at a time may write a directory; what a killed one left is cleared, and the old
     directory put back where the new one had not yet taken its name. Raises ModelError.
     """
+    if not writes():
+        return 0
     try:
         _recover(directory)
         if directory.exists() and not (directory.is_dir() and (not any(directory.iterdir()) or ours(directory))):
@@ -52,6 +78,7 @@ def replace_directory(
             fresh, old = Path(scratch) / "fresh", Path(scratch) / "old"
             fresh.mkdir()
             fill(fresh)
+            size = sum(f.stat().st_size for f in fresh.rglob("*") if f.is_file())
             try:
                 if directory.exists():
                     directory.rename(old)
@@ -60,6 +87,7 @@ def replace_directory(
                 if old.exists() and not directory.exists():
                     old.rename(directory)
                 raise
+        return size
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(next(p for p in directory.parents if p.exists())).free

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from research.errors import ModelError
-from research.files import replace_directory, write_bytes, write_text
+from research.files import left_to_another, replace_directory, write_bytes, write_text
 
 # Writes "new" over "old" and is killed when the old directory has gone and the new one has not yet come.
 KILLED = """
@@ -108,3 +108,12 @@ def test_a_folder_that_is_a_file_is_a_model_error(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ModelError, match="cannot write .*file/x: "):
         write_text(tmp_path / "file" / "x", "y")
+
+
+def test_what_another_process_writes_is_left_to_it(tmp_path):
+    with left_to_another():
+        write_text(tmp_path / "a.txt", "x")
+        assert replace_directory(tmp_path / "b", lambda d: 1 / 0, lambda d: True) == 0
+    assert not list(tmp_path.iterdir())
+    write_text(tmp_path / "a.txt", "x")
+    assert replace_directory(tmp_path / "b", lambda d: write_text(d / "c" / "y", "123"), lambda d: True) == 3

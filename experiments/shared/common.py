@@ -1,5 +1,6 @@
 """What every script shares: how it starts, how it ends, and the flags that have the same name everywhere."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -9,7 +10,7 @@ import platform
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from absl import app, flags
 
 from research.data import assets
 from research.errors import DataError, FlagError, UserError
-from research.files import write_text
+from research.files import left_to_another, write_text
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would announce that torch is missing: torch is not wanted
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
@@ -46,7 +47,8 @@ def run(main: Callable[[], Any]) -> None:
         before = signal.signal(signal.SIGTERM, _terminate)
         try:
             _keep_compiled()
-            main()
+            with _together():
+                main()
         except UserError as error:
             _fail(str(error), error.exit_status)
         except KeyboardInterrupt:
@@ -60,6 +62,22 @@ def run(main: Callable[[], Any]) -> None:
             signal.signal(signal.SIGTERM, before)
 
     app.run(guarded, flags_parser=parse)
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """Joins the processes of a training script's run, of which the first alone prints and writes."""
+    if "processes" not in flags.FLAGS:
+        yield
+        return
+    from research.train import distributed
+
+    place = distributed.find(*flag_values("coordinator", "processes", "process_id").values())
+    with distributed.run(place) as first, contextlib.ExitStack() as quiet:
+        if not first:
+            quiet.enter_context(left_to_another())
+            quiet.enter_context(contextlib.redirect_stdout(quiet.enter_context(open(os.devnull, "w"))))
+        yield
 
 
 def _keep_compiled() -> None:

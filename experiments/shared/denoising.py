@@ -27,6 +27,7 @@ from research.diffusion.process import Process
 from research.errors import DataError, FlagError, ModelError, did_you_mean
 from research.peft import adapter as adapters
 from research.peft import method as peft
+from research.peft import tree
 from research.peft.method import Method, PyTree, Variables
 from research.tasks.loss import model_variables
 
@@ -274,7 +275,7 @@ def generate(draw: Draw, variables: Variables, labels: np.ndarray, seed: int = 0
     found = []
     for start in range(0, len(labels), batch):
         index = np.minimum(np.arange(start, start + batch), len(labels) - 1)
-        found.append(jax.device_get(draw(variables, labels[index].astype(np.int32), index, rng)))
+        found.append(tree.whole(draw(variables, labels[index].astype(np.int32), index, rng)))
     return np.concatenate(found)[: len(labels)]
 
 

@@ -24,7 +24,7 @@ from research.data.images import Images
 from research.errors import DataError, FlagError, did_you_mean
 from research.models.stack import stack
 from research.models.vit import VitConfig
-from research.peft import adapter
+from research.peft import adapter, tree
 from research.peft import method as peft
 from research.peft.method import Method, Sites, Variables
 from research.tasks import classify
@@ -245,7 +245,7 @@ def predictor(base: VitBase, method: Method, sites: Sites) -> Callable[[Variable
 
     def labels(variables: Variables, data: Images) -> np.ndarray:
         found = [predict(variables, batch["images"]) for batch in eval_batches(arrays(data), 100)]
-        return np.concatenate(jax.device_get(found))[: len(data.labels)]
+        return np.concatenate([tree.whole(x) for x in found])[: len(data.labels)]
 
     return labels
 
@@ -268,7 +268,7 @@ def attach(loaded: adapter.Adapter, base: VitBase, sites: Sites, force: bool = F
 
 def trained_base(base: VitBase, run: Run, state: states.TrainState, classes: Sequence[str]) -> VitBase:
     """The base that a run of `full` has made, with its head; its layers are stacked, as files have them."""
-    variables = jax.device_get(state.variables(run.frozen))
+    variables = jax.tree.map(tree.whole, state.variables(run.frozen))
     return replace(base, params=stack(variables["params"]), head=variables["head"], classes=tuple(classes))
 
 

@@ -57,7 +57,7 @@ def save(directory: Path, task: str, config: Any, params: tree.PyTree, half: boo
 
     Raises ModelError where it can't be written, or holds something else.
     """
-    to_host = lambda x: np.asarray(x, np.float16 if half else None)  # noqa: E731
+    to_host = lambda x: np.asarray(tree.whole(x), np.float16 if half else None)  # noqa: E731
     leaves = {path: to_host(x) for path, x in tree.paths(params).items()}
     record = PRODUCER | {"task": task, "config": common.jsonable(config), **more}
 
@@ -66,10 +66,9 @@ def save(directory: Path, task: str, config: Any, params: tree.PyTree, half: boo
         sha256 = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
         common.write_json(folder / META, record | {"sha256": sha256})
 
-    files.replace_directory(
+    return files.replace_directory(
         directory, fill, ours=lambda d: _record(d).get("task") == task, needed=sum(x.nbytes for x in leaves.values())
     )
-    return sum(f.stat().st_size for f in directory.iterdir())
 
 
 def load(directory: str | Path, task: str) -> Saved:

@@ -20,7 +20,7 @@ from research.generate.beams import search
 from research.generate.decode import Generated, generate
 from research.generate.sampling import GREEDY, Sampling
 from research.models.t5 import T5Config
-from research.peft import rows
+from research.peft import rows, tree
 
 
 def load_model(
@@ -113,7 +113,7 @@ def decode(
     began = time.perf_counter()
     program = jax.jit(run).lower(given, tokens, mask, rng).compile()
     ready = time.perf_counter()
-    out = jax.tree.map(np.asarray, program(given, tokens, mask, rng))
+    out = jax.tree.map(tree.whole, program(given, tokens, mask, rng))
     return Timed(out, ready - began, time.perf_counter() - ready)
 
 

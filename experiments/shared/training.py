@@ -29,7 +29,7 @@ from research.peft import method as peft
 from research.peft import registry, tree
 from research.peft.method import Method, PyTree, Sites, Variables, fold
 from research.quant.tree import quantise_axes, quantise_tree
-from research.train import checkpoint, loop, optimizer, plot, step
+from research.train import checkpoint, distributed, loop, optimizer, plot, step
 from research.train import mesh as meshes
 from research.train import state as states
 
@@ -84,12 +84,15 @@ def recipe_flags(**defaults: Any) -> None:
 
 
 def run_flags(workdir: str, **defaults: int) -> None:
-    """--seed, --eval_every, --save_every, --mesh, --dry_run, --workdir; what is kept and what is watched."""
+    """--seed, --eval_every, --save_every, --mesh, the processes, --dry_run, --workdir; what is kept and watched."""
     d = {"eval_every": 100, "save_every": 100} | defaults
     flags.DEFINE_integer("seed", 0, "Of what is added, dropout and data order.", lower_bound=0, upper_bound=2**31 - 1)
     flags.DEFINE_integer("eval_every", d["eval_every"], "Steps between evaluations; 0 for the end only.", lower_bound=0)
     flags.DEFINE_integer("save_every", d["save_every"], "Steps between checkpoints; 0 for the end only.", lower_bound=0)
     flags.DEFINE_string("mesh", None, "Axes and sizes over all devices, such as data:2,fsdp:4. Default: one device.")
+    flags.DEFINE_string("coordinator", None, "host:port of process 0, where neither SLURM nor a TPU pod tells it.")
+    flags.DEFINE_integer("processes", None, "Processes of the run, each of which is given the same command.")
+    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
     flags.DEFINE_bool("dry_run", False, "Compile, say what it would take and what a batch looks like, and stop.")
     flags.DEFINE_string("workdir", workdir, "Where everything is written.")
     flags.DEFINE_integer("keep", 2, "Newest checkpoints that are kept.", lower_bound=1)
@@ -212,12 +215,27 @@ def realising(method: Method, sites: Sites, loss: step.LossFn) -> step.LossFn:
     return lambda variables, batch, rng: loss(peft.realised(method, variables, sites), batch, rng)
 
 
+def one_process() -> None:
+    """FlagError where there are several, for what can't run so."""
+    if jax.process_count() > 1:
+        raise FlagError(
+            f"this runs in one process, not in {jax.process_count()}. Valid with --processes: training of classify, "
+            "sft, prompt_tuning, pretrain, preference, reward_model, vision and diffusion."
+        )
+
+
 @contextmanager
-def use_mesh(spec: str | None) -> Iterator[jax.sharding.Mesh | None]:
-    """The mesh that --mesh names, for everything inside; None without one."""
-    if spec is None:
+def use_mesh(spec: str | None, several: bool = False) -> Iterator[jax.sharding.Mesh | None]:
+    """The mesh that --mesh names, for everything inside; without one, None, or one axis over all processes' devices.
+
+    several: whether the script can run in several processes; FlagError where it can't and does.
+    """
+    if not several:
+        one_process()
+    if spec is None and jax.process_count() == 1:
         yield None
         return
+    spec = spec or ""
     with meshes.use(meshes.make_mesh(spec)) as mesh:
         yield mesh
 
@@ -267,7 +285,8 @@ def train(
             call, run.state, run.frozen, batch, steps=recipe.steps, identity=identity, checkpointer=keep,
             **(seen | options),
         )  # fmt: skip
-    plot.curve(workdir / "metrics.jsonl", workdir / "curve.png", curve)
+    if distributed.is_main():
+        plot.curve(workdir / "metrics.jsonl", workdir / "curve.png", curve)
     return result
 
 

@@ -86,7 +86,7 @@ def save(directory: Path, base: VitBase) -> int:
     from safetensors.numpy import save_file
 
     kept = {"params": base.params} | ({} if base.head is None else {"head": base.head})
-    leaves = {path: np.asarray(x) for path, x in tree.paths(kept).items()}
+    leaves = {path: tree.whole(x) for path, x in tree.paths(kept).items()}
 
     def fill(folder: Path) -> None:
         try:
@@ -100,8 +100,7 @@ def save(directory: Path, base: VitBase) -> int:
         (folder / CONFIG).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     ours = lambda d: _record(d) is not None  # noqa: E731
-    replace_directory(directory, fill, ours, needed=sum(x.nbytes for x in leaves.values()))
-    return sum(file.stat().st_size for file in directory.iterdir())
+    return replace_directory(directory, fill, ours, needed=sum(x.nbytes for x in leaves.values()))
 
 
 def load(name: str, *, quantise: str | None = None, **options: Any) -> VitBase:

@@ -43,7 +43,7 @@ def save(
     directory: str | Path, spec: str, variables: Variables, sites: Sites, base: dict[str, str], **meta: Any
 ) -> int:
     """Writes an adapter directory atomically and returns its bytes. `base`: {"name", "fingerprint"}; `meta`: further
-    JSON values.
+    JSON values. All processes of a run call it: leaves that are spread over them are gathered, and one writes.
 
     Raises ModelError where the directory can't be written; what was there before stays.
     """
@@ -64,10 +64,8 @@ def save(
         text = json.dumps(record | {"sha256": sha256}, indent=1, ensure_ascii=False)
         (folder / META).write_text(text + "\n", encoding="utf-8")
 
-    replace_directory(
-        directory, fill, ours=lambda d: (d / META).exists(), needed=sum(x.nbytes for x in leaves.values())
-    )
-    return sum(f.stat().st_size for f in directory.iterdir())
+    needed = sum(x.nbytes for x in leaves.values())
+    return replace_directory(directory, fill, ours=lambda d: (d / META).exists(), needed=needed)
 
 
 def stored(method: Method, variables: Variables, sites: Sites, mask: PyTree) -> dict[str, np.ndarray]:
@@ -75,7 +73,7 @@ def stored(method: Method, variables: Variables, sites: Sites, mask: PyTree) -> 
     trained, _ = tree.partition(variables["params"], mask["params"])
     realised = peft.realised(method, variables, sites)
     kept = {k: v for k, v in realised.items() if k == "head"} | {"params": trained}
-    leaves = {path: np.asarray(x) for path, x in tree.paths(kept | {"peft": own(realised["peft"])}).items()}
+    leaves = {path: tree.whole(x) for path, x in tree.paths(kept | {"peft": own(realised["peft"])}).items()}
     for path, x in _rebuilt(method, sites, mask).items():
         if path in leaves and np.asarray(x).tobytes() == leaves[path].tobytes():
             del leaves[path]
@@ -83,7 +81,7 @@ def stored(method: Method, variables: Variables, sites: Sites, mask: PyTree) -> 
     masks = tree.paths(mask)
     for path, leaf in leaves.items():
         partly = np.ndim(masks.get(path, True)) > 0 and (path.startswith("params/") or path in on)
-        out |= partial.pack(path, leaf, np.asarray(masks[path])) if partly else {path: leaf}
+        out |= partial.pack(path, leaf, tree.whole(masks[path])) if partly else {path: leaf}
     return out
 
 

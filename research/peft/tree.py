@@ -48,6 +48,15 @@ def map_with_path(fn: Callable[..., Any], tree: PyTree, *rest: PyTree, is_leaf=N
     return jax.tree_util.tree_map_with_path(lambda p, *x: fn(path_string(p), *x), tree, *rest, is_leaf=is_leaf)
 
 
+def whole(leaf: Any) -> np.ndarray:
+    """A leaf on the host. One whose parts lie with several processes is gathered: all of them call it, in one order."""
+    if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+        from jax.experimental import multihost_utils
+
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf)
+
+
 def trains(mask_leaf: Any) -> bool:
     """A mask leaf is a bool, or a bool array, broadcast to the leaf, where part of it trains: then the whole leaf is
     trainable. So it is where the array is not known yet but its shape.

@@ -18,13 +18,14 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 
 from research.errors import FlagError, UserError
 from research.train.signals import Interrupted
 
+T = TypeVar("T")
 KEY, STOP, FAILED = "peftree/failed", "peftree/stop", 1
 POLL = 0.5  # seconds between two looks
 AHEAD = 3  # steps; see `Together`
@@ -41,23 +42,23 @@ class Place(NamedTuple):
 def find(
     coordinator: str | None = None,
     processes: int | None = None,
-    process: int | None = None,
+    process_id: int | None = None,
     environ: Mapping[str, str] = os.environ,
 ) -> Place | None:
     """This process's place, or None where it is alone. Arguments go before SLURM's variables, those before a TPU pod's.
 
     Raises FlagError: only some of the three arguments, or a process number outside the run.
     """
-    given = {"coordinator": coordinator, "processes": processes, "process": process}
+    given = {"coordinator": coordinator, "processes": processes, "process_id": process_id}
     missing = [name for name, value in given.items() if value is None]
     if len(missing) < 3:
         if missing:
-            raise FlagError(f"coordinator, processes and process go together: {', '.join(missing)} is missing")
+            raise FlagError(f"coordinator, processes and process_id go together: {', '.join(missing)} is missing")
         if not re.fullmatch(r"[^\s:]+:\d+|\[[^\]]+\]:\d+", coordinator):
             raise FlagError(f"coordinator={coordinator!r} is no address, as in 10.0.0.2:8476")
-        if not 0 <= process < processes:
-            raise FlagError(f"process={process} of processes={processes}: valid are 0 to {processes - 1}")
-        return Place(coordinator, processes, process) if processes > 1 else None
+        if not 0 <= process_id < processes:
+            raise FlagError(f"process_id={process_id} of processes={processes}: valid are 0 to {processes - 1}")
+        return Place(coordinator, processes, process_id) if processes > 1 else None
     tasks = environ.get("SLURM_STEP_NUM_TASKS") or environ.get("SLURM_NTASKS", "1")
     if "SLURM_PROCID" in environ and int(tasks) > 1:
         port = 61440 + int(environ["SLURM_JOB_ID"]) % 4096  # two jobs on a node don't meet
@@ -118,6 +119,17 @@ def run(place: Place | None = None, heartbeat: int = 100) -> Iterator[bool]:
 def is_main() -> bool:
     """Whether this process writes logs, metrics and configuration."""
     return jax.process_index() == 0
+
+
+def after_first(make: Callable[[], T]) -> T:
+    """`make()`, which takes what it finds in a folder and else writes it: first in process 0, then in the others."""
+    if jax.process_count() == 1:
+        return make()
+    from jax.experimental import multihost_utils
+
+    made = make() if is_main() else None
+    multihost_utils.sync_global_devices("made by the first process")
+    return made if is_main() else make()
 
 
 class Together:

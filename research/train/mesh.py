@@ -152,18 +152,19 @@ def shard(values: PyTree, places: PyTree) -> PyTree:
 
 
 def place_batch(rows: PyTree, place: NamedSharding) -> PyTree:
-    """One global batch from what each process has read: numpy leaves [M, B / processes, ...] (or [B / processes, ...])
-    become arrays [M, B, ...] in `place`, a `batch_sharding`. No row crosses the network.
+    """One global batch: numpy leaves [M, B, ...] (or [B, ...]), which every process has made, become arrays in `place`,
+    a `batch_sharding`. Each device gets its own rows, and none crosses the network.
 
     Raises FlagError where the rows can't be shared out over the mesh.
     """
     axis = 0 if place.spec and place.spec[0] else 1
     ways = math.prod(place.mesh.shape[name] for name in place.spec[axis])
-    count = jax.tree.leaves(rows)[0].shape[axis] * jax.process_count()
+    count = jax.tree.leaves(rows)[0].shape[axis]
     if count % ways:
         near = max(1, round(count / ways)) * ways
         raise FlagError(f"a batch of {count} rows is not divided by the mesh's data x fsdp = {ways}. Valid: {near}.")
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(place, np.asarray(x)), rows)
+    put = lambda x: jax.make_array_from_callback(x.shape, place, lambda index: x[index])  # noqa: E731
+    return jax.tree.map(lambda x: put(np.asarray(x)), rows)
 
 
 def load(read: PyTree, places: PyTree) -> PyTree:
@@ -179,6 +180,8 @@ def load(read: PyTree, places: PyTree) -> PyTree:
             return jax.random.wrap_key_data(one(jax.random.key_data(leaf), place), impl=jax.random.key_impl(leaf))
         if isinstance(leaf, jax.Array) and leaf.sharding == place:
             return leaf  # loaded there already
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.jit(lambda x: x, out_shardings=place)(leaf)  # spread over the processes in another way
         cut = lambda index: np.asarray(leaf[index], leaf.dtype)  # noqa: E731
         return jax.make_array_from_callback(tuple(leaf.shape), place, cut)
 

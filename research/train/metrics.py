@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from research.errors import DataError
-from research.files import write_text
+from research.files import write_text, writes
 
 Row = dict[str, Any]
 
@@ -29,11 +29,14 @@ class Writer:
 
     def __init__(self, path: str | Path, trackers: Sequence[Any] = ()):
         self.path, self.trackers, self.warned = Path(path), trackers, False
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if writes():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def write(self, row: Row) -> None:
         """Losing a line is no reason to lose a run: when the disk is full, say so once and go on."""
         self.track(row)
+        if not writes():
+            return
         line = (json.dumps({k: _finite(v) for k, v in row.items()}) + "\n").encode()
         try:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -99,7 +102,9 @@ def row(step: int, values: Mapping[str, Any], prefix: str = "") -> Row:
 
 
 def say(text: str) -> None:
-    """One line on stderr that does not break a progress bar."""
+    """One line on stderr that does not break a progress bar. Of several processes the first says it."""
+    if not writes():
+        return
     from tqdm import tqdm
 
     tqdm.write(text, file=sys.stderr)
@@ -115,7 +120,8 @@ class Progress:
         self.start, self.steps, self.label = start, steps, label or "train"
         self.every = max(1, steps // 10)
         self.began = time.perf_counter()
-        self.bar = tqdm(total=steps, initial=start, desc=self.label, file=sys.stderr) if sys.stderr.isatty() else None
+        shown = sys.stderr.isatty() and writes()
+        self.bar = tqdm(total=steps, initial=start, desc=self.label, file=sys.stderr) if shown else None
 
     def update(self, step: int, loss: float, rate: float, unit: str = "rows", note: str = "") -> None:
         """`step` steps are done; rate is in units per second."""

@@ -39,7 +39,7 @@ def test_the_first_host_of_a_list(nodes, host):
 @pytest.mark.parametrize(
     ("given", "text"),
     [
-        (("10.0.0.2:1", 2, None), "process is missing"),
+        (("10.0.0.2:1", 2, None), "process_id is missing"),
         (("10.0.0.2", 2, 0), "is no address"),
         (("10.0.0.2:1", 2, 2), "valid are 0 to 1"),
     ],

@@ -77,13 +77,12 @@ def run(setup, steps: int = 3, **options):
 
 
 def fit(folder, mesh, steps: int, **options) -> loop.Result:
-    """Trains on a mesh, of several processes too, or goes on in `folder`. Each process reads its own rows only."""
+    """Trains on a mesh, of several processes too, or goes on in `folder`."""
     s, frozen, stepper = setup()
-    rows, count, index = meshes.batch_sharding(mesh), jax.process_count(), jax.process_index()
+    rows = meshes.batch_sharding(mesh)
 
     def mine(k: int) -> dict:
-        local = {name: np.split(x, count, axis=1)[index] for name, x in batch(k).items()}
-        return meshes.place_batch(local, rows)
+        return meshes.place_batch(batch(k), rows)
 
     with meshes.use(mesh):
         s = meshes.load(s, meshes.state_shardings(AXES, s, mesh))
