@@ -5,6 +5,7 @@ inter-chip links together. No collective reaches the last one on a mesh axis tha
 time computed from it is a lower bound.
 """
 
+import os
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -51,6 +52,7 @@ def devices(topology: str) -> Sequence[jax.Device]:
     installed.
     """
     valid = chip(topology).topologies
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # one that compiles takes no chip from another
     from jax.experimental import topologies
 
     try:

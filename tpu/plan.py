@@ -15,44 +15,28 @@ import os
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 from tabulate import tabulate
 
 from experiments.shared import common
 from research.errors import FlagError
-from research.models.registry import build, preset
 from research.nn.layers import REMAT
 from research.peft import method as peft
 from research.peft import registry, tree
-from research.tasks import lm
 from research.train import count, optimizer, state
 from research.train import mesh as meshes
 from research.train.step import compile as compile_step
 from research.train.step import make_step
 from tpu import chips
+from tpu.steps import TASKS, Job, parts
 
 GIB = 2**30
 FITS = 0.98  # of the chip's HBM: the runtime keeps some for itself
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """What is planned, but for the mesh. `batch` rows of `seq` tokens a step on all chips together."""
-
-    model: str
-    peft: str
-    topology: str
-    batch: int
-    seq: int
-    remat: str = "full"
-    dtype: str = "bfloat16"
-    base_dtype: str = "bfloat16"
-    optimizer: str = "adamw"
-
-
 def define_flags() -> None:
-    flags.DEFINE_string("model", "llama3-8b", "Preset of a decoder.")
+    flags.DEFINE_enum("task", "lm", list(TASKS), "What the step learns.")
+    flags.DEFINE_string("model", "llama3-8b", "Preset of a decoder; of a DiT for --task=dit.")
     flags.DEFINE_string("peft", "lora:rank=16", "Method specification.")
     flags.DEFINE_string("topology", "v5e:4x4", "Chip and shape of the slice, as in v5p:4x4x4.")
     flags.DEFINE_string("mesh", "", "Axes and sizes, as in data:2,fsdp:8 (axes: data, fsdp, tensor, sequence).")
@@ -63,6 +47,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Compute dtype.")
     flags.DEFINE_enum("base_dtype", "bfloat16", ["bfloat16", "float32"], "How the base is stored.")
     flags.DEFINE_string("optimizer", "adamw", "optax optimiser by name.")
+    flags.DEFINE_integer("chunk", 0, "Tokens whose logits exist at a time, on all chips; 0 for all.", lower_bound=0)
     flags.DEFINE_bool("suggest", False, "Compile several meshes and micro-batches instead, best first.")
     flags.DEFINE_integer("most", 6, "How many plans --suggest compiles.", lower_bound=1)
     flags.DEFINE_bool("json", False, "Print JSON.")
@@ -85,20 +70,18 @@ def program(job: Job, spec: str, micro: int) -> tuple[Any, tuple, tuple, jax.sha
         raise FlagError(
             f"batch={job.batch} is not divided by data x fsdp x micro_batches = {ways} x {micro}. Valid: {near}."
         )
-    config = preset(job.model)
-    if not hasattr(config, "param_dtype") or not hasattr(config, "tie_embeddings"):
-        raise FlagError(f"model {job.model!r} is no decoder; the planner's step predicts tokens. Valid: llama3-8b, ...")
-    model = build(dataclasses.replace(config, dtype=job.dtype, param_dtype=job.base_dtype, remat=job.remat))
+    made = parts(job, micro)
+    model, loss = made.model, made.loss
     method, sites, tx = registry.parse(job.peft), peft.sites(model), optimizer.make(job.optimizer, 1e-4)
     params, axes = peft.base(model)
     added = jax.eval_shape(lambda: peft.init(method, jax.random.key(0), sites))
-    variables = {"params": params, "peft": added}
+    variables = {"params": params, "peft": added} | made.state
     axes = {"params": axes, "peft": peft.init_axes(method, sites)}
+    axes |= {name: jax.tree.map(lambda _: None, leaves) for name, leaves in made.state.items()}
     mask = peft.mask(method, variables)
     trainable, extra, frozen = state.split(variables, mask)
     make = lambda t, e: state.create(t, tx, jax.random.key(0), e)  # noqa: E731
     start = jax.eval_shape(make, trainable, extra)
-    loss = lm.loss(model)
     step = make_step(
         method.task(loss) if method.task else loss,
         tx,
@@ -108,13 +91,12 @@ def program(job: Job, spec: str, micro: int) -> tuple[Any, tuple, tuple, jax.sha
         rates=method.rates,
         clip_norm=1.0,
     )
-    rows = jax.ShapeDtypeStruct((micro, job.batch // micro, job.seq), jnp.int32)
     places = (
         meshes.state_shardings(axes, start, mesh),
         meshes.shardings(axes, frozen, mesh),
         meshes.batch_sharding(mesh),
     )
-    return step, (start, frozen, {"tokens": rows, "mask": rows}), places, mesh
+    return step, (start, frozen, made.batch), places, mesh
 
 
 def resident(start: Any, frozen: Any, places: tuple) -> dict[str, int]:
@@ -142,7 +124,7 @@ def plan(job: Job, spec: str, micro: int = 1) -> dict[str, Any]:
     axes = {name: size for name, size in mesh.shape.items() if size > 1} or {"data": 1}
     memory = resident(start, frozen, places)
     out = {**dataclasses.asdict(job), "mesh": ",".join(f"{n}:{k}" for n, k in axes.items()), "micro_batches": micro}
-    out |= {"chips": mesh.size, "hbm": chip.hbm}
+    out |= {"chips": mesh.size, "hbm": chip.hbm, "units": job.units[0], "unit": job.units[1]}
     with meshes.use(mesh):
         out["flops"] = count.matmul_flops(jax.make_jaxpr(step)(start, frozen, batch).jaxpr) / mesh.size
         try:
@@ -220,11 +202,14 @@ def table(p: dict[str, Any]) -> str:
         for kind, c in sorted(p["collectives"].items()):
             rows.append([kind, f"{c['count']} times, {c['nbytes'] / GIB:.2f} GiB"])
         rows += [[f"time of {name} alone", f"{1000 * s:.1f} ms"] for name, s in p["seconds"].items()]
-        rate = p["batch"] * p["seq"] / p["roofline"]
-        rows.append(["at best", f"{1000 * p['roofline']:.1f} ms a step, {rate:,.0f} tokens/s; limit: {p['limit']}"])
+        rate = p["units"] / p["roofline"]
+        rows.append(
+            ["at best", f"{1000 * p['roofline']:.1f} ms a step, {rate:,.0f} {p['unit']}/s; limit: {p['limit']}"]
+        )
+    size = f"{p['batch']} images" if p["unit"] == "images" else f"{p['batch']} x {p['seq']} tokens"
     head = (
-        f"{p['model']} {p['peft']} on {p['topology']} ({p['chips']} chips), mesh {p['mesh']}, "
-        f"{p['batch']} x {p['seq']} tokens in {p['micro_batches']} part(s), remat {p['remat']}, {p['dtype']}"
+        f"{p['task']} step of {p['model']} {p['peft']} on {p['topology']} ({p['chips']} chips), mesh {p['mesh']}, "
+        f"{size} in {p['micro_batches']} part(s), remat {p['remat']}, {p['dtype']}"
     )
     return head + "\nper chip and step:\n" + tabulate(rows, tablefmt="github", headers=["", ""])
 

@@ -1,0 +1,101 @@
+"""The planner on devices that are there: what it compiles, counts and refuses. No libtpu is needed."""
+
+import jax
+import pytest
+
+from research.errors import FlagError
+from research.peft import method as peft
+from research.train.count import matmul_flops
+from tpu import chips, plan, plans
+from tpu.steps import Job, analytic_flops, parts
+
+
+@pytest.fixture(autouse=True)
+def four_chips(monkeypatch):
+    monkeypatch.setattr(chips, "devices", lambda topology: jax.devices()[:4])
+
+
+def job(**changes) -> Job:
+    return Job(
+        **({"model": "smollm2-135m", "peft": "lora:rank=8", "topology": "v5e:2x2", "batch": 8, "seq": 64} | changes)
+    )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"remat": "none"},
+        {"peft": "lora:rank=8,targets=all", "seq": 256},
+        {"model": "llama3-8b", "peft": "lora:rank=16", "seq": 512},
+        {"chunk": 64},
+    ],
+    ids=str,
+)
+def test_the_steps_products_are_those_counted_by_hand(changes):
+    made = job(**changes)
+    step, arguments, _, _ = plan.program(made, "fsdp:4", 2)
+    counted = matmul_flops(jax.make_jaxpr(step)(*arguments).jaxpr)
+    assert counted == pytest.approx(analytic_flops(made, peft.base(parts(made, 2).model)[0]), rel=0.05)
+
+
+def test_no_chip_holds_more_than_its_share_of_the_base():
+    _, (start, frozen, _), places, mesh = plan.program(job(model="llama3-70b"), "fsdp:4", 1)
+    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen))
+    assert plan.resident(start, frozen, places)["base"] <= 1.05 * whole / mesh.size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"task": "grpo", "chunk": 64}, {"task": "dit", "model": "dit-s8", "batch": 16}],
+    ids=["lm", "grpo", "dit"],
+)
+def test_a_plan_is_the_compiled_step(changes):
+    found = plan.plan(job(**changes), "data:2,fsdp:2")
+    assert found["fits"] and found["flops"] > 0 and found["collectives"]
+    assert set(found["memory"]) == {"base", "trainable", "optimiser", "activations"}
+    text = plan.table(found)
+    assert "fits" in text and ("images/s" if changes.get("task") == "dit" else "tokens/s") in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "mesh", "words"),
+    [
+        ({"batch": 6}, "fsdp:4", "batch=6 is not divided .* Valid: 8"),
+        ({}, "fsdp:3", "3 places for 4 devices. Valid"),
+        ({}, "fdsp:4", "unknown axis 'fdsp'. Did you mean 'fsdp'"),
+        ({"task": "dit"}, "", "'dit' is not for model 'smollm2-135m'. Valid: dit-xl2"),
+        ({"model": "dit-s2"}, "", "'lm' is not for model 'dit-s2'"),
+        ({"model": "bert-base"}, "", "no decoder"),
+        ({"task": "ml"}, "", "unknown task 'ml'. Valid: dit, grpo, lm"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(changes, mesh, words):
+    with pytest.raises(FlagError, match=words):
+        plan.program(job(**changes), mesh, 1)
+
+
+def test_a_topology_that_is_none(monkeypatch):
+    monkeypatch.undo()
+    for topology, words in (("v5x:2x2", "unknown chip 'v5x'"), ("v5e", "has no shape, as in v5e:2x2")):
+        with pytest.raises(FlagError, match=words):
+            chips.devices(topology)
+
+
+@pytest.mark.slow
+def test_the_page_of_plans_is_read_back_row_by_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(plans, "versions", lambda: "jax 1, libtpu 2")
+    made = plan.plan(job(task="dit", model="dit-s8", batch=16), "data:4")
+    cells = plans.cells(job(task="dit", model="dit-s8", batch=16), made)
+    assert len(cells) == len(plans.HEADS)
+    page = tmp_path / "plans.md"
+    page.write_text(plans.text({plans.PLANS[0]: cells, plans.PLANS[3]: cells}))
+    assert plans.kept(page) == {plans.PLANS[0]: cells, plans.PLANS[3]: cells}
+    monkeypatch.setattr(plans, "versions", lambda: "jax 1, libtpu 3")
+    assert plans.kept(page) == {}
+
+
+def test_the_committed_page_has_every_plan():
+    page = plans.PAGE.read_text(encoding="utf-8")
+    assert all(f"`{line}` |" in page for line in plans.PLANS)
