@@ -10,8 +10,9 @@
 
 Differs from `classify` in what is read, and in having a base to make. --data takes fashion-mnist, mnist-5k, smoke, a
 folder with one folder of images a class (or train/ and test/ of those), and hub:ID of `datasets`. The same command goes
-on where an interrupted run was. Writes config.json, metrics.jsonl, curve.png, checkpoints, base or adapter, result.json
-and confusion.png under --workdir; the table's files are `experiments.shared.vision_table`'s. Guide: docs/vision.md.
+on where an interrupted run was. --model takes a preset to pretrain, and else a base's directory or a Hugging Face ViT
+or CLIP. Writes config.json, metrics.jsonl, curve.png, checkpoints, base or adapter, result.json, confusion.png and
+attention.png under --workdir; the table's files are `experiments.shared.vision_table`'s. Guide: docs/vision.md.
 """
 
 import os
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments.shared import augmenting, common, entries, images, training, vision_table, vit_base, vtab
+from experiments.shared import attention, augmenting, common, entries, images, training, vision_table, vit_base, vtab
 from experiments.shared.classification import check
 from experiments.shared.dry_run import dry_run
 from experiments.shared.entries import Entry
@@ -165,7 +166,8 @@ def train(values: Any, settings: dict[str, Any], recipe: Recipe, workdir: Path) 
             evaluate=training.evaluator(run, images.arrays(data.validation), 100),
             eval_every=values.eval_every, save_every=values.save_every, curve=("loss", "eval/loss", "eval/accuracy"),
         )  # fmt: skip
-        found = images.predictor(base, run.method, run.sites)(result.state.variables(run.frozen), data.test)
+        trained = result.state.variables(run.frozen)
+        found = images.predictor(base, run.method, run.sites)(trained, data.test)
         scores = report(found, data.test, workdir)
         if scratch:
             where = workdir / "base"
@@ -177,6 +179,9 @@ def train(values: Any, settings: dict[str, Any], recipe: Recipe, workdir: Path) 
             )
         told = {"test": scores, "trainable": trainable, "total": total, "seconds": result.seconds}
         common.write_json(workdir / "result.json", told)
+        if mesh is None:  # eight images are no batch to share out
+            realised = peft.realised(run.method, trained, run.sites)
+            attention.draw(base, realised, data.test, found, workdir / "attention.png")
     print(line(scores, len(found)))
     print(f"{where.name}: {where} ({size:,} bytes), {result.seconds:.0f} s of training")
 
@@ -264,12 +269,14 @@ def evaluate(values: Any, source: str | None, workdir: Path) -> None:
     loader = vtab.load if source in vtab.TASKS else images.load_parts
     test = images.matching(loader(source, base.config)[1], classes)
     with lock(workdir):
-        found = images.predictor(base, method, peft.sites(base.model))(variables, test)
+        sites = peft.sites(base.model)
+        found = images.predictor(base, method, sites)(variables, test)
         scores = report(found, test, workdir)
+        attention.draw(base, peft.realised(method, variables, sites), test, found, workdir / "attention.png")
         common.write_config(workdir)
         common.write_json(workdir / "result.json", {"test": scores})
     print(line(scores, len(found)))
-    print(f"confusion.png and result.json are in {workdir}")
+    print(f"confusion.png, attention.png and result.json are in {workdir}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
     DIR/config.json          format, the model's configuration, classes, mean and std of a pixel, sha256 of the weights
     DIR/model.safetensors    "params/layers/attn/q/kernel", ..., and where it was trained "head/kernel", "head/bias"
 
-`load` also takes `smoke`, a tiny random one, and whatever `research.convert.load` reads as a vision transformer.
+`load` also takes `smoke`, a tiny random one, and what `research.convert.load` reads as a vision transformer: a Hugging
+Face directory or hub id of a ViT, with its own head and class names if it has them, or of a CLIP, for its image tower.
+Pixels are then normalised as its preprocessor_config.json says.
 """
 
 import dataclasses
@@ -16,17 +18,18 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from research.convert import config_vision
 from research.convert.fingerprint import fingerprint
 from research.convert.load import load as load_pretrained
 from research.errors import ModelError, UserError, did_you_mean
 from research.files import os_error, replace_directory
+from research.models.clip import ClipConfig
 from research.models.registry import PRESETS, build
 from research.models.stack import unstack
 from research.models.vit import Vit, VitConfig
 from research.peft import method as peft
 from research.peft import tree
 from research.quant.tree import quantise_tree
-from research.vision.preprocess import HALF
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -129,9 +132,20 @@ def _find(name: str) -> VitBase:
     if not directory.is_dir() and ("/" not in name or name.startswith((".", "/", "~", "runs/"))):
         raise ModelError(f"no vision base {name!r}: --mode=pretrain makes one.{did_you_mean(name, ['smoke'])}")
     found = load_pretrained(name)
-    if not isinstance(found.config, VitConfig):
-        raise ModelError(f"{name} is a {found.config.family} model, which does not see images.")
-    return marked(VitBase(name, found.config, found.model, found.params, *HALF))
+    config, params, classes = found.config, found.params, ()
+    if isinstance(config, ClipConfig):
+        config, params = config.towers()[1], params["vision"]
+    elif not isinstance(config, VitConfig):
+        raise ModelError(f"{name} is a {config.family} model, which does not see images.")
+    if "head" in params:  # a base has it apart from its weights
+        params, head = {k: v for k, v in params.items() if k != "head"}, params["head"]
+        described = json.loads((found.path / CONFIG).read_text(encoding="utf-8"))
+        classes = config_vision.labels(described) or tuple(f"LABEL_{i}" for i in range(config.num_classes))
+        config = replace(config, num_classes=0)
+    else:
+        head = None
+    mean, std = config_vision.pixels(found.path, found.config.family)
+    return marked(VitBase(name, config, build(config), params, mean, std, classes, head))
 
 
 def _record(directory: Path) -> dict[str, Any] | None:

@@ -4,18 +4,19 @@ What a config asks for and the models here do not compute (yarn, biases on every
 some layers only) is an error, never a model that is quietly different.
 """
 
-from research.convert import config_bloom, config_gemma, config_t5
+from research.convert import config_bloom, config_gemma, config_t5, config_vision
 from research.convert.config_parts import ACTIVATIONS, Json, refuse, rope, rope_to_hf, their_activation
 from research.errors import ModelError, did_you_mean
 from research.models.bert import BertConfig
 from research.models.bloom import BloomConfig
+from research.models.clip import ClipConfig
 from research.models.gemma import GemmaConfig
 from research.models.gpt2 import Gpt2Config
 from research.models.llama import LlamaConfig
 from research.models.registry import Config
 from research.models.t5 import T5Config
+from research.models.vit import VitConfig
 
-FAMILIES = ("bert", "roberta", "gpt2", "bloom", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "t5")
 ARCHITECTURES = {
     "bert": "Bert",
     "roberta": "Roberta",
@@ -28,7 +29,10 @@ ARCHITECTURES = {
     "gemma2": "Gemma2",
     "gemma3_text": "Gemma3",
     "t5": "T5",
+    "vit": "ViT",
+    "clip": "CLIP",
 }
+FAMILIES = tuple(ARCHITECTURES)
 # What `transformers` assumes where a config.json is silent and the families differ.
 _SILENT: dict[str, Json] = {
     "llama": {"max_position_embeddings": 2048},
@@ -57,6 +61,10 @@ def config_from_hf(hf: Json) -> Config:
             return config_t5.from_hf(hf)
         if family == "bloom":
             return config_bloom.from_hf(hf)
+        if family == "vit":
+            return config_vision.vit_from_hf(hf)
+        if family == "clip":
+            return config_vision.clip_from_hf(hf)
         return _gpt2(hf) if family == "gpt2" else _llama(family, _SILENT[family] | hf)
     except KeyError as e:
         raise ModelError(f"config.json of a {family} model has no {e.args[0]!r}.") from e
@@ -173,6 +181,10 @@ def config_to_hf(config: Config) -> Json:
         return config_t5.to_hf(config)
     if isinstance(config, BloomConfig):
         return config_bloom.to_hf(config)
+    if isinstance(config, VitConfig):
+        return config_vision.vit_to_hf(config)
+    if isinstance(config, ClipConfig):
+        return config_vision.clip_to_hf(config)
     shared: Json = {
         "model_type": config.family,
         "vocab_size": config.vocab_size,

@@ -8,6 +8,7 @@ Json = dict[str, Any]
 
 # Theirs to ours; the first of two names for one function is the one we write.
 ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "relu": "relu"}
+ACTIVATIONS |= {"quick_gelu": "quick_gelu"}
 ROPE = {
     "default": (),
     "linear": ("factor",),

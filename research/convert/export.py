@@ -10,9 +10,9 @@ import jax
 import numpy as np
 
 from research import files
-from research.convert import hf
+from research.convert import config_vision, hf
 from research.convert.config import ARCHITECTURES, Json, config_to_hf
-from research.convert.names import LM_HEAD
+from research.convert.names import LM_HEAD, VIT_HEAD
 from research.errors import ModelError
 from research.models.bert import BertConfig
 from research.models.registry import Config
@@ -35,18 +35,19 @@ def export_hf(
     Args:
       params: scanned or unrolled arrays, adapters merged.
       head: {"kernel": [D, C], "bias": [C]} of a classifier on `features`; BERT becomes BertForSequenceClassification, a
-        LLaMA LlamaForSequenceClassification (whose `score` has no bias). Without one: BertModel, LlamaForCausalLM,
-        GPT2LMHeadModel, T5ForConditionalGeneration.
+        LLaMA LlamaForSequenceClassification (whose `score` has no bias), a ViT ViTForImageClassification, in place of
+        its own head. Without one: BertModel, LlamaForCausalLM, GPT2LMHeadModel, T5ForConditionalGeneration, CLIPModel,
+        and ViTForImageClassification or ViTModel (whose pooler no head of ours reads).
       class_names: C labels for id2label.
     Returns the directory.
     Raises ModelError: what `transformers` has no class for, a directory that holds something else, a full disk.
     """
     directory = Path(directory).expanduser().absolute()
     described, heads = _describe(config, tokenizer, head, class_names)
-    lm_head = LM_HEAD.theirs if head is not None else None  # a classifier has no language-model head
+    own = {row.theirs for row in (LM_HEAD, *VIT_HEAD)} if head is not None else ()  # the new head is instead of it
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        yield from (t for t in hf.export_tensors(config, params, headless=head is None) if t[0] != lm_head)
+        yield from (t for t in hf.export_tensors(config, params, headless=head is None) if t[0] not in own)
         yield from heads
 
     def fill(folder: Path) -> None:
@@ -70,9 +71,11 @@ def _describe(
             described[f"{role}_token_id"] = token
     bert = isinstance(config, BertConfig)
     if head is None:
+        if config.family == "vit" and config.num_classes and class_names is not None:
+            described |= config_vision.labelled(list(class_names))
         kinds = {"bert": "Model", "roberta": "Model", "gpt2": "LMHeadModel", "t5": "ForConditionalGeneration"}
-        kind = kinds.get(config.family, "ForCausalLM")
-        return described | {"architectures": [stem + kind]}, []
+        kind = kinds.get(config.family, "Model" if config.family == "clip" else "ForCausalLM")
+        return {"architectures": [stem + kind]} | described, []
     kernel, bias = np.asarray(head["kernel"]), head.get("bias")
     names = list(class_names) if class_names is not None else [f"LABEL_{i}" for i in range(kernel.shape[1])]
     if kernel.shape != (config.hidden_size, len(names)):
@@ -80,20 +83,22 @@ def _describe(
             f"cannot export the head: its kernel has shape {list(kernel.shape)}, the model and class names want "
             f"{[config.hidden_size, len(names)]}."
         )
+    if config.family == "clip":
+        raise ModelError("cannot export the head: CLIPForImageClassification reads the mean of patches, ours does not.")
     if config.family == "t5":
         raise ModelError("cannot export the head: T5ForSequenceClassification has one dense layer more than ours.")
     if config.family == "roberta":
         raise ModelError("cannot export the head: RobertaForSequenceClassification has one dense layer more than ours.")
     if bert and not config.pooler:
         raise ModelError("cannot export the head: BertForSequenceClassification needs a pooler.")
-    if not bert and bias is not None:
+    vit = config.family == "vit"
+    if not (bert or vit) and bias is not None:
         raise ModelError(f"cannot export the head: {stem}ForSequenceClassification has no bias, and this head has one.")
     described |= {
-        "architectures": [f"{stem}ForSequenceClassification"],
-        "id2label": {str(i): name for i, name in enumerate(names)},
-        "label2id": {name: i for i, name in enumerate(names)},
+        "architectures": [f"{stem}For{'Image' if vit else 'Sequence'}Classification"],
+        **config_vision.labelled(names),
     }
-    theirs = "classifier" if bert else "score"
+    theirs = "classifier" if bert or vit else "score"
     tensors = [(f"{theirs}.weight", kernel.T)]
     return described, tensors + ([(f"{theirs}.bias", np.asarray(bias))] if bias is not None else [])
 

@@ -15,16 +15,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from research.convert.config import Config
-from research.convert.names import LM_HEAD, Row, canonical, depth, fuse, prefix, shape_of, split, table
+from research.convert.names import (
+    Row,
+    canonical,
+    depth,
+    from_stored,
+    fuse,
+    prefix,
+    shape_of,
+    stored_shape,
+    table,
+    to_stored,
+)
 from research.errors import ModelError
 from research.models.bert import BertConfig
+from research.models.vit import VitConfig
 from research.peft import tree
 
 log = logging.getLogger(__name__)
 
 
 # Buffers, and heads of the pretraining objective: not part of the model here.
-_BUFFERS = r"embeddings\.(position_ids|token_type_ids)|.*rotary_emb\.inv_freq|.*\.(attention|attn)\.(masked_)?bias"
+_BUFFERS = r"(.*\.)?embeddings\.(position_ids|token_type_ids)|.*rotary_emb\.inv_freq"
+_BUFFERS += r"|.*\.(attention|attn)\.(masked_)?bias"
 _BUFFERS += r"|(encoder|decoder)\.embed_tokens\.weight"  # T5's shared table again
 _HEADS = r"cls\..*|(classifier|score|qa_outputs|pre_classifier|vocab_\w+)\..*"
 
@@ -104,10 +117,13 @@ def match(config: Config, source: Source) -> dict[str, str]:
     """
     found = {canonical(config, name): name for name in source.shapes}
     wanted = {row.theirs.format(i=i) for row in table(config) for i in range(depth(config, row))}
-    ignored, bert = f"{_BUFFERS}|{_HEADS}", isinstance(config, BertConfig)
+    bert, heads = isinstance(config, BertConfig), _HEADS
+    if isinstance(config, VitConfig):  # what no head of ours reads, and what masked pretraining fills in
+        heads += r"|pooler\..*|embeddings\.mask_token"
+    ignored = f"{_BUFFERS}|{heads}"
     ignored += (r"|lm_head\..*" + ("" if config.pooler else r"|pooler\..*")) if bert else ""
     extra = [name for name in found if name not in wanted and not re.fullmatch(ignored, name)]
-    if not bert and config.tie_embeddings and "lm_head.weight" in extra:
+    if not bert and getattr(config, "tie_embeddings", False) and "lm_head.weight" in extra:
         extra.remove("lm_head.weight")
         if not _equal(source, found["lm_head.weight"], found.get(table(config)[0].theirs)):
             raise ModelError(
@@ -119,8 +135,8 @@ def match(config: Config, source: Source) -> dict[str, str]:
             f"{len(x)} names {what} ({_some(x)})" for x, what in ((missing, "missing"), (extra, "unexpected")) if x
         ]
         raise ModelError(f"{source.label}: not the weights of this {config.family} config: {'; '.join(parts)}.")
-    if heads := [name for name in found if name not in wanted and re.fullmatch(_HEADS, name)]:
-        log.warning("%s: left out the file's own head (%s)", source.label, _some(heads))
+    if left := [name for name in found if name not in wanted and re.fullmatch(heads, name)]:
+        log.warning("%s: left out the file's own head (%s)", source.label, _some(left))
     return found
 
 
@@ -141,23 +157,20 @@ def import_params(config: Config, source: Source, places: tree.PyTree = None) ->
     flat: dict[str, jax.Array] = {}
 
     def read(row: Row, i: int, index: tuple[slice, ...]) -> np.ndarray:
-        name, shape = names[row.theirs.format(i=i)], shape_of(config, row)
-        whole = shape if row.part is None else (*shape[:-1], 3 * shape[-1])
-        theirs = whole[::-1] if row.transposed else whole
+        name, theirs = names[row.theirs.format(i=i)], stored_shape(config, row)
         if source.shapes[name] != theirs:
             raise ModelError(
                 f"{source.label}: {name} has shape {list(source.shapes[name])}, the config wants {list(theirs)} "
                 f"(for {row.ours})."
             )
-        if row.part is None:
+        if row.part is None and row.form is None:
             value = source.read(name, index[::-1] if row.transposed else index)
             return value.T if row.transposed else value
-        value = source.read(name)
-        return split(config, value.T if row.transposed else value, row.part)[index]
+        return from_stored(config, row, source.read(name))[index]
 
     def leaf(path: str, shape: tuple[int, ...], cut: Callable[[tuple[slice, ...]], np.ndarray]) -> None:
         everything = tuple(slice(0, size) for size in shape)
-        own = lambda index: np.ascontiguousarray(cut(_bounded(index, shape)), dtype)  # noqa: E731
+        own = lambda index: np.asarray(cut(_bounded(index, shape)), dtype, order="C")  # noqa: E731
         if path in where:
             flat[path] = jax.make_array_from_callback(shape, where[path], own)
         else:
@@ -194,7 +207,7 @@ def export_tensors(config: Config, params: tree.PyTree, headless: bool = True) -
 
     Args:
       params: scanned or unrolled; leaves are arrays (a quantised or adapted kernel is merged first).
-      headless: whether BERT names go without `bert.` (the bare model) or with it (under a task head).
+      headless: whether BERT and ViT names go without `bert.` (the bare model) or with it (under a task head).
     """
     flat, start, rows = tree.paths(params), prefix(config, headless), table(config)
 
@@ -213,8 +226,8 @@ def export_tensors(config: Config, params: tree.PyTree, headless: bool = True) -
     for row in rows:
         if row.part:
             continue  # it went with the first part
-        their = row.theirs if row is LM_HEAD else start + row.theirs
+        their = row.theirs if row.top else start + row.theirs
         for i in range(depth(config, row)):
             parts = [leaf(other, i) for other in rows if other.theirs == row.theirs]
             value = parts[0] if row.part is None else fuse(config, parts)
-            yield their.format(i=i), value.T if row.transposed else value
+            yield their.format(i=i), to_stored(config, row, value)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from research.convert.config import Config, Json
-from research.convert.names import LM_HEAD, depth, prefix, table
+from research.convert.names import depth, prefix, table
 from research.errors import ModelError
 from research.models.bert import BertConfig
 from research.peft.adalora import Svd
@@ -137,12 +137,12 @@ def linears(config: Config, headless: bool) -> dict[str, tuple[str, int]]:
     """{their module's name: (our site, as if scanned, and the layer)} of every projection.
 
     headless: names of the bare model (BertModel, LlamaModel), not of one with a head. A part of a projection that they
-    fuse (GPT-2's and BLOOM's query, key and value) has no module of its own.
+    fuse (GPT-2's and BLOOM's query, key and value) has no module of its own, and a patch embedding is a convolution.
     """
     start, out = "" if headless else prefix(config), {}
     for row in table(config):
-        if row.ours.endswith("/kernel") and row.part is None:
-            name = (row.theirs if row is LM_HEAD else start + row.theirs).removesuffix(".weight")
+        if row.ours.endswith("/kernel") and row.part is None and row.form is None:
+            name = (row.theirs if row.top else start + row.theirs).removesuffix(".weight")
             out |= {name.format(i=i): (row.ours.removesuffix("/kernel"), i) for i in range(depth(config, row))}
     return out
 

@@ -17,7 +17,7 @@ from research.convert import hf
 from research.convert.config import config_from_hf
 from research.convert.fingerprint import fingerprint
 from research.convert.gguf import GGUFSource
-from research.convert.names import LM_HEAD, canonical
+from research.convert.names import LM_HEAD, VIT_HEAD, canonical
 from research.data import assets, joined, smoke
 from research.data.pins import JOINED
 from research.errors import ModelError, UserError, did_you_mean
@@ -27,6 +27,7 @@ from research.models.llama import LlamaConfig
 from research.models.registry import PRESETS, Config, build, preset
 from research.models.stack import unstack
 from research.models.t5 import T5Config
+from research.models.vit import VitConfig
 from research.peft import method, tree
 
 # The packaged weights and the preset that describes them, so that a shape is known without a download.
@@ -44,7 +45,10 @@ CONFIG_FILES = ["config.json"]
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model and what belongs to it: `model.apply({"params": params}, tokens, mask)`; the tokenizer may be None."""
+    """A model and what belongs to it: `model.apply({"params": params}, tokens, mask)`.
+
+    The tokenizer may be None, and so may the path of the files.
+    """
 
     name: str
     config: Config
@@ -52,6 +56,7 @@ class Pretrained:
     params: tree.PyTree
     tokenizer: Any
     fingerprint: str
+    path: Path | None = None
 
 
 def load(
@@ -77,6 +82,7 @@ def load(
     Raises ModelError: nothing of that name, or files that are broken or not supported.
     """
     options = {"dtype": dtype, "param_dtype": param_dtype, "scan": scan, "remat": remat}
+    path = None
     if name in SMOKE:
         tokenizer = smoke.smoke_tokenizer()
         config = dataclasses.replace(_smoke_config(name, len(tokenizer)), **options)
@@ -91,7 +97,7 @@ def load(
         tokenizer = source.tokenizer() if isinstance(source, GGUFSource) else _tokenizer(path)
     if untie:
         params, config = tie.untie(params, config)
-    return Pretrained(name, config, build(config), params, tokenizer, fingerprint(params, config))
+    return Pretrained(name, config, build(config), params, tokenizer, fingerprint(params, config), path)
 
 
 def load_config(name: str) -> Config:
@@ -165,12 +171,16 @@ def _read_config(directory: Path) -> Config:
 
 
 def _as_saved(config: Config, source: hf.Source) -> Config:
-    """What config.json leaves open and the file shows: whether BERT has its pooler, and T5 an output of its own."""
-    found = {canonical(config, name) for name in source.shapes}
+    """What config.json leaves open and the file shows: whether BERT has its pooler, T5 an output of its own, and how
+    many classes a ViT's head has, if it has one.
+    """
+    found = {canonical(config, name): shape for name, shape in source.shapes.items()}
     if isinstance(config, BertConfig) and config.pooler:
         return dataclasses.replace(config, pooler="pooler.dense.weight" in found)
     if isinstance(config, T5Config):
         return dataclasses.replace(config, tie_embeddings=LM_HEAD.theirs not in found)
+    if isinstance(config, VitConfig):
+        return dataclasses.replace(config, num_classes=found.get(VIT_HEAD[0].theirs, (0,))[0])
     return config
 
 

@@ -3,12 +3,13 @@
 import flax.linen as nn
 
 from research.errors import ModelError, did_you_mean
-from research.models import bert, bloom, dit, gemma, gpt2, llama, t5, unet, vit
+from research.models import bert, bloom, clip, dit, gemma, gpt2, llama, t5, unet, vit
 from research.nn.layers import REMAT
 
 FAMILIES = {
     bert: (bert.BertConfig, bert.Bert),
     bloom: (bloom.BloomConfig, bloom.Bloom),
+    clip: (clip.ClipConfig, clip.Clip),
     dit: (dit.DitConfig, dit.Dit),
     gemma: (gemma.GemmaConfig, gemma.Gemma),
     gpt2: (gpt2.Gpt2Config, gpt2.Gpt2),
@@ -20,6 +21,7 @@ FAMILIES = {
 Config = (
     bert.BertConfig
     | bloom.BloomConfig
+    | clip.ClipConfig
     | dit.DitConfig
     | gemma.GemmaConfig
     | gpt2.Gpt2Config

@@ -295,7 +295,7 @@ def adapt(home: Path) -> list[str]:
 
 @pytest.mark.slow
 def test_pretraining_leaves_a_base_that_knows_its_classes(made: Path):
-    for name in ("config.json", "metrics.jsonl", "curve.png", "confusion.png", "result.json"):
+    for name in ("config.json", "metrics.jsonl", "curve.png", "confusion.png", "attention.png", "result.json"):
         assert (made / "run" / name).exists(), name
     result = json.loads((made / "run" / "result.json").read_text())["test"]
     assert result["accuracy"] > 0.4 and np.sum(result["confusion"]) == 80  # chance is 0.25

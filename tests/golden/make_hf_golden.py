@@ -64,6 +64,21 @@ MODELS = {
         {},
     ),
 }
+VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 12}
+VIT |= {"patch_size": 4, "initializer_range": 0.2}
+LABELS = {"id2label": {0: "cat", 1: "dog", 2: "ship"}, "label2id": {"cat": 0, "dog": 1, "ship": 2}}
+IMAGES = {
+    "vit": (hf.ViTForImageClassification, hf.ViTConfig(**VIT, **LABELS, layer_norm_eps=1e-6), {}),
+    "vit_bare": (hf.ViTModel, hf.ViTConfig(**VIT, num_channels=1), {"add_pooling_layer": False}),
+}
+TEXT = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "intermediate_size": 40}
+CLIP_PROMPTS = ("a photo of a cat.", "a dog", "two small ships on a river, by night")
+PRESETS = {  # those of research/models/clip.py: text width, layers, heads; vision width, layers, heads, patch, pixels
+    "clip-vit-b32": (512, 12, 8, 768, 12, 12, 32, 224),
+    "clip-vit-b16": (512, 12, 8, 768, 12, 12, 16, 224),
+    "clip-vit-l14": (768, 12, 12, 1024, 24, 16, 14, 224),
+    "clip-vit-l14-336": (768, 12, 12, 1024, 24, 16, 14, 336),
+}
 LENGTHS = (20, 13, 1)
 
 SENTENCES = (
@@ -121,6 +136,74 @@ def tiny(name: str) -> None:
     np.savez_compressed(folder / "outputs.npz", **arrays)
 
 
+def draw(rows: int, channels: int) -> torch.Tensor:
+    return torch.tensor(np.random.default_rng(2).normal(size=(rows, channels, 12, 12)).astype(np.float32))
+
+
+def write(name: str, model: torch.nn.Module, arrays: dict) -> Path:
+    folder = HERE / name
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder)
+    np.savez_compressed(folder / "outputs.npz", **{k: np.asarray(v) for k, v in arrays.items()})
+    return folder
+
+
+@torch.no_grad()
+def vit(name: str) -> None:
+    """A vision transformer; images are kept with channels last."""
+    build, config, options = IMAGES[name]
+    torch.manual_seed(0)
+    model = build(config, **options).eval().float()
+    randomise(model, 1)
+    images = draw(3, config.num_channels)
+    out = model(pixel_values=images, output_hidden_states=True)
+    bare = getattr(model, "vit", model)
+    arrays = {"images": images.permute(0, 2, 3, 1), "hidden": bare(pixel_values=images).last_hidden_state}
+    write(name, model, arrays | ({"logits": out.logits} if "logits" in out else {}))
+
+
+@torch.no_grad()
+def clip(name: str = "clip") -> None:
+    """Two towers, with a tokenizer of single letters."""
+    byte = [chr(c) for c in range(33, 127) if not chr(c).isupper()]
+    vocab = {token: i for i, token in enumerate([*byte, *(f"{c}</w>" for c in byte)])}
+    vocab |= {"<|startoftext|>": len(vocab), "<|endoftext|>": len(vocab) + 1}
+    tokenizer = hf.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=40)
+    text = TEXT | {"vocab_size": len(vocab), "max_position_embeddings": 40, "eos_token_id": tokenizer.eos_token_id}
+    text |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = hf.CLIPConfig(text_config=text, vision_config=VIT, projection_dim=16)
+    torch.manual_seed(0)
+    model = hf.CLIPModel(config).eval().float()
+    for parameter in model.parameters():  # its own initial values are too small for an error to show
+        parameter.data *= 3 if parameter.ndim > 1 else 1
+    randomise(model, 1)
+    images = draw(2, 3)
+    given = tokenizer(list(CLIP_PROMPTS), padding=True, return_tensors="pt")
+    out = model(pixel_values=images, **given, return_loss=False)
+    arrays = {"tokens": given["input_ids"].int(), "mask": given["attention_mask"].int()}
+    arrays |= {"images": images.permute(0, 2, 3, 1), "image_embeds": out.image_embeds, "text_embeds": out.text_embeds}
+    arrays |= {"logits": out.logits_per_image, "prompts": CLIP_PROMPTS}
+    arrays["pooled_text"], arrays["pooled_image"] = (
+        x.pooler_output for x in (model.text_model(**given), model.vision_model(pixel_values=images))
+    )
+    pairs = model(pixel_values=images, input_ids=given["input_ids"][:2], attention_mask=given["attention_mask"][:2],
+                  return_loss=True)  # fmt: skip
+    folder = write(name, model, arrays | {"loss": pairs.loss})
+    tokenizer.save_pretrained(folder)
+
+
+def counts() -> None:
+    """The parameters of the presets, by shapes alone: the figures in tests/models/test_clip.py."""
+    for name, (width, layers, heads, wide, deep, many, patch, size) in PRESETS.items():
+        text = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+        vision = {"hidden_size": wide, "num_hidden_layers": deep, "num_attention_heads": many, "patch_size": patch}
+        text["intermediate_size"], vision["intermediate_size"] = 4 * width, 4 * wide
+        config = hf.CLIPConfig(text_config=text, vision_config=vision | {"image_size": size}, projection_dim=width)
+        with torch.device("meta"):
+            model = hf.CLIPModel(config)
+        print(name, sum(p.numel() for p in model.parameters()))
+
+
 @torch.no_grad()
 def minilm(folder: Path) -> None:
     model = hf.BertModel.from_pretrained(folder).eval().float()
@@ -162,9 +245,12 @@ if __name__ == "__main__":
     parser.add_argument("--minilm", type=Path, help="directory of the MiniLM files")
     parser.add_argument("--smollm", type=Path, help="the SmolLM2 GGUF file")
     parser.add_argument("--models", nargs="*", help="of the tiny models only these")
+    parser.add_argument("--counts", action="store_true", help="also print the counts of CLIP's presets")
     flags = parser.parse_args()
-    for each in flags.models or MODELS:
-        tiny(each)
+    if flags.counts:
+        counts()
+    for each in flags.models or (*MODELS, *IMAGES, "clip"):
+        (tiny if each in MODELS else vit if each in IMAGES else clip)(each)
     if flags.minilm:
         minilm(flags.minilm)
     if flags.smollm:
