@@ -2,10 +2,10 @@
 
     python -m tpu.plan --model=llama3-8b --peft=lora:rank=16 --topology=v5e:4x4 --mesh=fsdp:16 --batch=16 --seq=2048
 
-libtpu's compiler runs on any CPU (extra `tpu`); weights are shapes only. Memory is what the compiler reserves. The time
-is a roofline: the largest of what products, HBM traffic and links need alone, at the chip's published peaks; a run
-takes longer. `--suggest` compiles several meshes and micro-batches, best first. Limits: the planner knows nothing of
-the host, of data loading, or of the network between slices.
+libtpu's compiler runs on any CPU (extra `tpu`); weights are shapes only. Memory is what the compiler reserves. The
+time is a roofline: the largest of what products, HBM traffic (an estimate, too high where much lies outside loops)
+and links need alone, at the chip's published peaks. `--suggest` compiles several meshes and micro-batches, best
+first. Limits: the planner knows nothing of the host, of data loading, or of the network between slices.
 """
 
 import dataclasses

@@ -97,11 +97,15 @@ def text(rows: dict[str, list[str]]) -> str:
 
 INTRODUCTION = """# Plans for slices that nobody here has
 
-Written by `python -m tpu.plans` ({versions}). Each row is the project's own training step, compiled by the slice's own
-compiler, with `lora:rank=16` and 2,048 tokens a row unless it says otherwise; bfloat16, everything in a layer computed
-again in the backward pass. Sizes are GiB a chip, as the compiler reserves them; `links` is what a chip sends in a step.
-The time is a roofline: the largest of what products, HBM and links need alone at the chip's published peaks. A run
-takes longer, how much is not known here.
+Written by `python -m tpu.plans` ({versions}).
+
+Each row is the project's own training step, compiled by the slice's own compiler, with `lora:rank=16` and 2,048
+tokens a row unless it says otherwise; bfloat16, everything in a layer computed again in the backward pass. Sizes are
+GiB a chip, as the compiler reserves them; `links` is what a chip sends in a step. FLOPs are those of the program
+before it is shared out, divided by the chips. The time is the largest of what products, HBM and links need alone at
+the chip's published peaks. HBM traffic is an estimate that can be too high: XLA counts a loop's body once, and all of
+its bytes are scaled by what it misses of the FLOPs, also those outside loops. So where the limit is HBM the time is
+no bound, and plans that differ in loops (`--chunk`) can't be compared by it.
 
 """
 

@@ -83,6 +83,20 @@ def test_a_topology_that_is_none(monkeypatch):
             chips.devices(topology)
 
 
+def test_a_topology_that_libtpu_rejects(monkeypatch):
+    from jax.experimental import topologies
+
+    monkeypatch.undo()
+
+    def reject(**_):
+        raise RuntimeError("INVALID_ARGUMENT: Invalid chip topology\nmore")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", reject)
+    with pytest.raises(FlagError, match="Invalid chip topology. Valid: v5e:2x2, v5e:2x4, .*v5e:16x16") as told:
+        chips.devices("v5e:3x3")
+    assert "\n" not in str(told.value)
+
+
 @pytest.mark.slow
 def test_the_page_of_plans_is_read_back_row_by_row(tmp_path, monkeypatch):
     monkeypatch.setattr(plans, "versions", lambda: "jax 1, libtpu 2")
