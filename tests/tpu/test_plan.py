@@ -1,12 +1,15 @@
 """The planner on devices that are there: what it compiles, counts and refuses. No libtpu is needed."""
 
+import dataclasses
+
 import jax
 import pytest
 
 from research.errors import FlagError
+from research.models.registry import preset
 from research.peft import method as peft
 from research.train.count import matmul_flops
-from tpu import chips, plan, plans
+from tpu import chips, plan, plans, steps
 from tpu.steps import Job, analytic_flops, parts
 
 
@@ -113,3 +116,17 @@ def test_the_page_of_plans_is_read_back_row_by_row(tmp_path, monkeypatch):
 def test_the_committed_page_has_every_plan():
     page = plans.PAGE.read_text(encoding="utf-8")
     assert all(f"`{line}` |" in page for line in plans.PLANS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data:4", "fsdp:4", "data:2,tensor:2"])
+def test_the_compiled_step_runs_no_more_products_than_counted_by_hand(mesh, monkeypatch):
+    """Unrolled, so that XLA counts every layer: work that the partitioner repeats on several chips, or a gradient of a
+    frozen kernel, would show.
+    """
+    shape = {"num_layers": 6, "hidden_size": 256, "intermediate_size": 704, "num_heads": 4, "num_kv_heads": 2}
+    config = dataclasses.replace(preset("smollm2-135m"), **shape, vocab_size=1024, scan=False)
+    monkeypatch.setattr(steps, "preset", lambda name: config)
+    made = job(seq=256, dtype="float32", base_dtype="float32")
+    by_hand = analytic_flops(made, peft.base(parts(made, 1).model)[0])
+    assert plan.plan(made, mesh)["xla_flops"] * 4 == pytest.approx(by_hand, rel=0.05)
