@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from research.errors import FlagError
 from research.nn.dot import Scaled
+from research.nn.inverse import inverse
 from research.nn.sites import LinearNode, Site
 from research.peft.method import Card, Method, PyTree, Sites, at_least, constant, divides, leaf, place, select, zeros
 
@@ -41,7 +42,7 @@ class Boft(LinearNode):
         """B_i - I, [segments, 2^i, q, h, q, h]: a block takes q half blocks of h rows, 2^i half blocks apart."""
         skew = (self.r[i] - jnp.swapaxes(self.r[i], -1, -2)) / 2
         b = skew.shape[-1]
-        turn = jnp.linalg.solve(jnp.eye(b) + skew, -2 * skew)
+        turn = -2 * inverse(jnp.eye(b) + skew) @ skew
         halves = (2, b // 2) if i else (1, b)
         return turn.reshape(-1, 2**i, *halves, *halves)
 

@@ -25,6 +25,7 @@ import numpy as np
 from flax import struct
 
 from research.errors import FlagError
+from research.nn.inverse import inverse
 from research.nn.sites import LinearNode, Site
 from research.peft.method import Card, Method, PyTree, Sites, at_least, divides, leaf, place, select, zeros
 
@@ -50,7 +51,7 @@ class Oft(LinearNode):
                 power = power @ skew
                 turn += power if degree == self.neumann - 1 else 2 * power
         else:
-            turn = jnp.linalg.solve(jnp.eye(b) - skew, 2 * skew)
+            turn = 2 * inverse(jnp.eye(b) - skew) @ skew
         return jnp.broadcast_to(turn, (width // b, b, b))
 
     def input(self, x: jax.Array, rng: jax.Array | None) -> jax.Array:
