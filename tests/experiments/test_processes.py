@@ -46,7 +46,7 @@ def same(one: Path, other: Path) -> None:
     assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
     for a, b in zip(*rows, strict=True):
         assert a.keys() == b.keys()
-        np.testing.assert_allclose([a[k] for k in a], [b[k] for k in a], rtol=1e-4, atol=1e-5, err_msg=str(a))
+        np.testing.assert_allclose([a[k] for k in a], [b[k] for k in a], rtol=1e-5, atol=1e-5, err_msg=str(a))
     leaves = [load_file(d / "adapter" / "adapter.safetensors") for d in (one, other)]
     assert leaves[0].keys() == leaves[1].keys()
     for name, leaf in leaves[0].items():
