@@ -71,6 +71,7 @@ def test_outputs_are_those_of_transformers(name, side, scan):
         np.testing.assert_allclose(features, want["pooled"], atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [True, False])
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("name", SEQ2SEQ)

@@ -52,6 +52,7 @@ def test_the_reference_runs_by_turns(tmp_path: Path, monkeypatch):
     assert ratio == pytest.approx(last(outcome.out) / 2.0, abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("body", "words"),
     [

@@ -282,6 +282,7 @@ def three_steps(spec: str, family: str) -> tuple[dict, dict]:
     return case.variables, state.variables(frozen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", MASKED)
 def test_only_the_chosen_elements_move(spec):
     case = tiny.case(spec, "encoder")

@@ -38,6 +38,7 @@ def test_codes_scales_and_values_are_those_of_bitsandbytes():
     np.testing.assert_array_equal(node.dequantise(jnp.float32), GOLDEN["values"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(128, 512), (3, 64, 12), (2, 56, 6)])
 def test_error_is_bounded_by_block_and_code_and_a_stack_is_its_layers(shape):
     w = kernel(*shape)
