@@ -136,11 +136,11 @@ def row(
         run, result, _ = fit(entry, base, data, replace(recipe, learning_rate=rate), 0)
         return evaluator(run, data.validation)(result.state)["accuracy"]
 
-    before = entries.finished(where, identity)
+    before = entries.finished(where, identity) if retime else None
     found = cell.fill(
         entry, identity, where, score, lambda tuned: train(tuned, base, data, recipe, seeds, where, identity)
     )
-    if before and retime:
+    if before:
         found |= common.finite(timing(entry, base, data, recipe, seeds))
         common.write_json(where / "result.json", before | {"row": found, "retimed": True})
     return found

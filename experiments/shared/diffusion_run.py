@@ -1,7 +1,6 @@
 """One training run of a denoiser, of its own or by a method on a trained one: what `diffusion` and its table share."""
 
 import hashlib
-import io
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from research.files import write_bytes
 from research.peft import adapter as adapters
 from research.peft.method import Variables
 from research.tasks import diffusion
-from research.train import average, metrics
+from research.train import average, metrics, plot
 from research.train import state as states
 
 HELD_OUT = 1024  # test images whose loss is looked at
@@ -210,16 +209,12 @@ def save_adapter(directory: Path, task: Task, spec: str, run: Run, variables: Va
 
 def distance_curve(workdir: Path) -> None:
     """Draws the Frechet distances that were measured against the minutes they took, where there are some."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = [row for row in metrics.read(workdir / "metrics.jsonl") if row.get("eval/frechet") is not None]
     if not rows:
         return
-    figure, drawn = Figure(figsize=(5, 3.5), dpi=150, layout="tight"), io.BytesIO()
+    figure = plot.figure(5, 3.5)
     axes = figure.add_subplot()
     axes.semilogy([row["eval/minutes"] for row in rows], [row["eval/frechet"] for row in rows], marker=".")
     axes.set(xlabel="minutes", ylabel="Frechet distance")
     axes.grid(alpha=0.3, which="both")
-    FigureCanvasAgg(figure).print_png(drawn)
-    write_bytes(workdir / "distance.png", drawn.getvalue())
+    plot.save(figure, workdir / "distance.png")

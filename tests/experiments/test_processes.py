@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.experiments.test_sft import write_talks
+from tests.train.test_distributed import finish
 
 ROOT = Path(__file__).parents[2]
 CLASSIFY = ["classify", "--model=smoke", "--data=smoke", "--steps=12", "--batch_size=8", "--max_length=16"]
@@ -33,12 +34,7 @@ def script(arguments: list[str], workdir: Path, count: int, mesh: str = "data:2,
     places = [[f"--coordinator=127.0.0.1:{port}", f"--processes={count}", f"--process_id={i}"] for i in range(count)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen(command + place, cwd=ROOT, env=env, **pipes) for place in places]
-    try:
-        texts = [p.communicate(timeout=180) for p in processes]
-        return [(p.returncode, *text) for p, text in zip(processes, texts, strict=True)]
-    finally:
-        for p in processes:
-            p.kill()
+    return finish(processes, timeout=180)
 
 
 def same(one: Path, other: Path) -> None:

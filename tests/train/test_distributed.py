@@ -66,9 +66,10 @@ def start(*what: str) -> list[subprocess.Popen]:
     return [subprocess.Popen([*command, str(i), *what], cwd=where, env=env, **pipes) for i in range(2)]
 
 
-def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
+def finish(processes: list[subprocess.Popen], timeout: int = 120) -> list[tuple[int, str, str]]:
+    """Exit status, stdout and stderr of each."""
     try:
-        texts = [p.communicate(timeout=120) for p in processes]
+        texts = [p.communicate(timeout=timeout) for p in processes]
         return [(p.returncode, *text) for p, text in zip(processes, texts, strict=True)]
     finally:
         for p in processes:
