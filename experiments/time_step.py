@@ -12,16 +12,14 @@ be installed there) the ratio to the same step with torch, in three rounds by tu
 
 import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
 from absl import flags
 
-from experiments.shared import common
+from experiments.shared import beside, common
 from experiments.shared.classification import Recipe, batches, check, check_length, start
 from research.convert.load import Pretrained, load
 from research.errors import FlagError
@@ -100,17 +98,9 @@ def timer(base: Pretrained, spec: str, recipe: Recipe, seeds: int | Sequence[int
 
 def reference(python: str) -> float:
     """Seconds of a step with Hugging Face PEFT and torch, by `hf_reference` under another Python."""
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    command = [python, "-m", "experiments.hf_reference", "--time_only", f"--threads={threads}"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    except OSError as error:
-        raise FlagError(f"--reference_python={python}: {error.strerror}.") from None
-    last = (done.stdout.strip().splitlines() or [""])[-1]
-    name, _, value = last.partition("=")
-    if done.returncode or name != "seconds_per_step":
-        reason = (done.stderr.strip().splitlines() or ["it printed nothing"])[-1]
-        raise FlagError(f"--reference_python={python} did not run hf_reference: {reason.removeprefix('error: ')}")
+    name, _, value = beside.lines(python, "hf_reference", "--time_only")[-1].partition("=")
+    if name != "seconds_per_step":
+        raise FlagError(f"--reference_python={python} did not run hf_reference: its last line is no time.")
     return float(value)
 
 

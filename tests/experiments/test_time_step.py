@@ -57,7 +57,8 @@ def test_the_reference_runs_by_turns(tmp_path: Path, monkeypatch):
     ("body", "words"),
     [
         ("echo 'error: torch is not installed here' >&2; exit 2", "hf_reference: torch is not installed here"),
-        ("echo hello", "printed nothing"),
+        ("echo hello", "no time"),
+        ("true", "printed nothing"),
     ],
 )
 def test_a_reference_that_does_not_run_is_one_line(body: str, words: str, tmp_path: Path, monkeypatch):
