@@ -147,11 +147,11 @@ def sampler(base: Pretrained, settings: Settings, temperature: float | None = No
     return rollout.sampler(
         base.model, max_new=settings.max_new, stop=() if reads.eos_token_id is None else (reads.eos_token_id,),
         pad=reads.pad_token_id or 0, temperature=settings.temperature if temperature is None else temperature,
-        chunk=_chunk(base),
+        chunk=logit_chunk(base),
     )  # fmt: skip
 
 
-def _chunk(base: Pretrained) -> int | None:
+def logit_chunk(base: Pretrained) -> int | None:
     """Of a large vocabulary a few positions' logits live at a time."""
     return 16 if base.config.vocab_size > 4096 else None
 
@@ -212,7 +212,8 @@ def start(
         none["stats"] |= {metric: jnp.zeros(()) for metric in several.values()}
         return head | {"rollout": none}
 
-    options = {"value_coef": settings.value_coef, "value_clip": settings.value_clip or None, "chunk": _chunk(base)}
+    options = {"value_coef": settings.value_coef, "value_clip": settings.value_clip or None}
+    options["chunk"] = logit_chunk(base)
     loss = rollout.loss(base.model, v, temperature=settings.temperature, **options)
     run = training.start(base, spec, loss, recipe, seed, heads=heads, mesh=mesh)
     known, _ = reference(base, run)
@@ -290,15 +291,17 @@ def train(
     return result
 
 
-def frontier(series: dict[str, Sequence[tuple[float, float]]], png: Path, line: Sequence | None = None) -> None:
-    """Draws reward against KL in nats a completion: a series a name, and `line` (best of n) as a dashed one."""
+def frontier(
+    series: dict[str, Sequence[tuple[float, float]]], png: Path, line: Sequence | None = None, gain: str = "reward"
+) -> None:
+    """Draws `gain` against KL in nats a completion: a series a name, and `line` (best of n) as a dashed one."""
     figure = plot.figure(6.5, 4.2)
     axes = figure.add_subplot()
     for name, points in series.items():
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, linestyle="none", label=name)
     if line:
         axes.plot(*zip(*line, strict=True), "k--", marker=".", linewidth=1, label="best of n (bound of its KL)")
-    axes.set(xlabel="KL(policy || reference), nats a completion", ylabel="reward")
+    axes.set(xlabel="KL(policy || reference), nats a completion", ylabel=gain)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     plot.save(figure, png)

@@ -65,10 +65,13 @@ def best_of_kl(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
-def expected_best(rewards: np.ndarray, n: int) -> np.ndarray:
-    """[..., N] -> [...]: the mean over all subsets of n. Raises FlagError: n is not 1 to N."""
+def expected_best(rewards: np.ndarray, n: int, of: np.ndarray | None = None) -> np.ndarray:
+    """[..., N] -> [...]: the mean over all subsets of n of the best one's reward, or of its value in `of` [..., N],
+    which may be another judge's. Raises FlagError: n is not 1 to N.
+    """
     pool = rewards.shape[-1]
     if not 1 <= n <= pool:
         raise FlagError(f"best of {n} from {pool} samples: n must be 1 to {pool}")
     chance = np.asarray([math.comb(i, n - 1) / math.comb(pool, n) for i in range(pool)])
-    return np.sort(rewards, axis=-1) @ chance
+    order = np.argsort(rewards, axis=-1, kind="stable")
+    return np.take_along_axis(rewards if of is None else of, order, axis=-1) @ chance
