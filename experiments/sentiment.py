@@ -142,7 +142,7 @@ class Table:
 
     def read_sentences(self) -> Pretrained:
         """The base after SFT on whole sentences of the training part."""
-        values, reads = self.values, self.base.tokenizer
+        values, reads = self.values, replies.closing(self.base.tokenizer)
         if not values.sft_steps:
             return self.base
         most = self.learn.tokens.shape[1] + values.max_new

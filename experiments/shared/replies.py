@@ -35,11 +35,16 @@ def load_model(
     return base
 
 
-def chat_of(base: Pretrained, template: str | None) -> Chat:
-    """The base's tokenizer with a chat template. A tokenizer of BERT's kind closes answers with its separator."""
-    tokenizer = base.tokenizer
+def closing(tokenizer: Any) -> Any:
+    """The tokenizer with an end of text: one of BERT's kind closes answers with its separator."""
     if tokenizer.eos_token is None and tokenizer.sep_token is not None:
         tokenizer.eos_token = tokenizer.sep_token
+    return tokenizer
+
+
+def chat_of(base: Pretrained, template: str | None) -> Chat:
+    """The base's tokenizer with a chat template."""
+    tokenizer = closing(base.tokenizer)
     chat = Chat(tokenizer, template)
     if chat.closing == tokenizer.unk_token_id:  # of a small vocabulary, which does not know what it was probed with
         chat.closing = tokenizer.eos_token_id

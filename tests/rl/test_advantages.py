@@ -107,6 +107,9 @@ def test_best_of_n():
     assert rewards.expected_best(pool, 1) == pytest.approx(2) and rewards.expected_best(pool, 4) == 3
     subsets = [max(pool[i], pool[j]) for i in range(4) for j in range(i)]
     assert rewards.expected_best(pool, 2) == pytest.approx(np.mean(subsets))
+    pool, judged = np.asarray([3.0, 1, 2, 4]), np.asarray([0.0, 1.0, 1.0, 0.0])
+    chosen = [judged[max((i, j), key=lambda k: pool[k])] for i in range(4) for j in range(i)]
+    assert rewards.expected_best(pool, 2, judged) == pytest.approx(np.mean(chosen)) != np.mean(judged)
     with pytest.raises(FlagError, match="best of 5"):
         rewards.expected_best(pool, 5)
 
