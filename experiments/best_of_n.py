@@ -183,7 +183,7 @@ def main() -> None:
         functions["reward"] = reward_model.load_reward(values.reward, values.reward_model, values.force)
     workdir = Path(values.workdir).expanduser()
     with lock(workdir):
-        base = load_model(values.model, values.quantise, dtype=values.dtype, untie=values.untie)
+        base = load_model(values.model, values.quantise, **common.model_options())
         variables, encoder = adapted(base, values), preferences.Encoder(base.tokenizer, values.template)
         asked = [encoder.prompt([{"role": "user", "content": text}]) for text in texts]
         kept = fitting(base, asked, values.max_new)

@@ -81,7 +81,7 @@ def train(values: Any) -> None:
     recipe = Recipe(**common.flag_values(*Recipe.__dataclass_fields__))
     workdir = Path(values.workdir).expanduser()
     with training.use_mesh(values.mesh, several=True) as mesh, lock(workdir):
-        options = {"dtype": values.dtype, "remat": values.remat, "untie": values.untie}
+        options = common.model_options()
         base = training.load_base(values.model or DEFAULT_MODEL, values.quantise, mesh, **options)
         check_length(base, check(base, values.peft), recipe.max_length)
         data = load_data(values.data, base.tokenizer, recipe.max_length)
@@ -117,9 +117,7 @@ def restore(values: Any) -> tuple[Pretrained, dict, adapters.Adapter]:
     loaded = adapters.load(values.adapter)
     if loaded.meta.get("task") != "classify":
         raise ModelError(f"adapter {values.adapter} is for task {loaded.meta.get('task')!r}, not 'classify'.")
-    base = training.load_base(
-        values.model or loaded.meta["base"]["name"], quantise=values.quantise, dtype=values.dtype, untie=values.untie
-    )
+    base = training.load_base(values.model or loaded.meta["base"]["name"], values.quantise, **common.model_options())
     sites = peft.sites(base.model)
     variables = peft.realised(loaded.method, attach(loaded, base, sites, values.force), sites)
     check_length(base, variables["peft"], loaded.meta["max_length"])

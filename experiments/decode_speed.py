@@ -64,7 +64,7 @@ def main() -> None:
         raise FlagError(f"--batch_sizes={','.join(values.batch_sizes)}: it takes whole numbers above 0, such as 1,8.")
     if values.reference_python and (values.adapter or values.quantise or values.dtype != "float32"):
         raise FlagError("--reference_python times the base in fp32: leave out --adapter, --quantise and --dtype.")
-    base = load_model(values.model, values.quantise, dtype=values.dtype, untie=values.untie)
+    base = load_model(values.model, values.quantise, **common.model_options())
     variables = adapted(base, adapters.load(values.adapter) if values.adapter else None, force=False)
     check_length(base, variables.get("peft", {}), values.prompt + values.tokens)
     # A program from the cache would hide what compiling costs.

@@ -83,7 +83,7 @@ def main() -> None:
     texts = [] if values.interactive else prompts(values)
     loaded = [adapters.load(directory) for directory in values.adapter]
     name = values.model or (loaded[0].meta["base"]["name"] if loaded else DEFAULT_MODEL)
-    options = {"dtype": values.dtype, "untie": values.untie}
+    options = common.model_options()
     base = replies.load_model(name, values.quantise, encoder_decoder=True, **options)
     variables = [adapted(base, one, values.force) for one in loaded or [None]]
     chat = None

@@ -78,7 +78,7 @@ def main() -> None:
     if values.smoke:  # nothing here is worth an optimising compiler's time; XLA reads this when its backend starts
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
     with lock(workdir):
-        base = load_base(model, values.quantise, dtype=values.dtype, remat=values.remat, untie=values.untie)
+        base = load_base(model, values.quantise, **common.model_options())
         todo = entries.applicable(todo, base, recipe.max_length, skip=values.methods.strip() == "all")
         data = load_data(source, base.tokenizer, recipe.max_length)
         sizes = ", ".join(f"{len(getattr(data, part)['labels'])} {part}" for part in ("train", "validation", "test"))

@@ -133,7 +133,7 @@ def main() -> None:
         raise FlagError(f"--adapter is of method {loaded.meta['spec']}: leave --peft out.")
     spec = values.peft if loaded is None else loaded.meta["spec"]
     with training.use_mesh(values.mesh, several=True) as mesh, lock(workdir):
-        options = {"dtype": values.dtype, "remat": values.remat, "untie": values.untie}
+        options = common.model_options()
         name = values.model or (DEFAULT_MODEL if loaded is None else loaded.meta["base"]["name"])
         base = load_model(name, values.quantise, mesh=mesh, **options)
         added = classification.check(base, spec)

@@ -154,7 +154,7 @@ def text_folder(workdir: Path, temporary: bool) -> Iterator[Path]:
 
 def given_base(values: Any) -> Pretrained:
     """The base that --init names. ModelError where it predicts no next token or can't end a document."""
-    options = {"dtype": values.dtype, "remat": values.remat, "untie": values.untie}
+    options = common.model_options()
     base = replies.load_model(values.model, values.quantise, **options)
     if base.tokenizer.eos_token_id is None:
         raise ModelError(f"the tokenizer of {values.model} has no end-of-text token, which divides documents.")
@@ -167,6 +167,7 @@ def fresh_base(values: Any, tokenizer: Any) -> Pretrained:
     shared = {
         "vocab_size": len(tokenizer), "hidden_size": d, "num_layers": values.layers, "num_heads": heads,
         "max_positions": values.max_length, "tie_embeddings": True, "dtype": values.dtype, "remat": values.remat,
+        "attention": values.attention,
     }  # fmt: skip
     if values.family == "gpt2":
         rates = {"dropout": values.dropout, "attention_dropout": values.dropout}

@@ -63,7 +63,7 @@ def main() -> None:
     sampling = Sampling(values.temperature, top_p=values.top_p)
     workdir = Path(values.workdir).expanduser() / ("table" if values.mode == "table" else "")
     with training.use_mesh(values.mesh, several=True) as mesh, lock(workdir):
-        options = {"dtype": values.dtype, "remat": values.remat, "untie": values.untie}
+        options = common.model_options()
         base = replies.load_model(values.model, values.quantise, mesh, **options)
         chat = replies.chat_of(base, values.template)
         data = language.load_data(values.data, chat, recipe, values.eval_rows)

@@ -142,7 +142,7 @@ def main() -> None:
     recipe = training.Recipe(**common.flag_values(*training.Recipe.__dataclass_fields__))
     workdir = Path(values.workdir).expanduser()
     with training.use_mesh(values.mesh, several=True) as mesh, lock(workdir):
-        options = {"dtype": values.dtype, "remat": values.remat, "untie": values.untie}
+        options = common.model_options()
         base = training.load_base(values.model, values.quantise, mesh, **options)
         added = classification.check(base, values.peft)
         rated = values.data in preferences.RATED

@@ -116,7 +116,7 @@ class Table:
 
     def run(self) -> None:
         values, began = self.values, time.perf_counter()
-        options = {"dtype": values.dtype, "remat": values.remat, "untie": values.untie}
+        options = common.model_options()
         self.base = replies.load_model(values.model, values.quantise, **options)
         classification.check(self.base, values.peft)
         learn, held = policy_run.prompt_texts(values.data, values.prompt_words)

@@ -40,7 +40,7 @@ def main() -> None:
     recipe = language.Recipe(**common.flag_values(*language.Recipe.__dataclass_fields__))
     workdir = Path(values.workdir).expanduser()
     with training.use_mesh(values.mesh, several=True) as mesh, lock(workdir):
-        options = {"dtype": values.dtype, "remat": values.remat, "untie": values.untie}
+        options = common.model_options()
         base = replies.load_model(values.model, values.quantise, mesh, **options)
         chat = replies.chat_of(base, values.template)
         data = language.load_data(values.data, chat, recipe, values.eval_rows)

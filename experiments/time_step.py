@@ -45,7 +45,7 @@ def main() -> None:
     changed = [name for name in REFERENCE if not values[name].using_default_value]
     if values.reference_python is not None and changed:
         raise FlagError(f"--reference_python times LoRA on 32 rows of 48 tokens only: leave out --{changed[0]}.")
-    base = load(values.model, dtype=values.dtype, remat=values.remat)
+    base = load(values.model, **common.model_options())
     check_length(base, check(base, values.peft), values.max_length)
     recipe = Recipe(1e-3, steps=values.steps, batch_size=values.batch_size, max_length=values.max_length)
     timed = timer(base, values.peft, recipe, range(values.seeds) if values.seeds > 1 else 0)

@@ -97,6 +97,8 @@ def main() -> None:
         settings["workdir"] += "-smoke"
     if values.untie:
         raise FlagError("--untie is for language models: a vision transformer has no token table.")
+    if values.attention != "xla":
+        raise FlagError(f"--attention={values.attention} is for the families of LLaMA and GPT-2: leave it out.")
     if values.adapter is not None and values.mode != "evaluate":
         raise FlagError("--adapter is for --mode=evaluate.")
     if values.smoke:  # nothing here is worth an optimising compiler's time; XLA reads this when its backend starts

@@ -44,6 +44,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("seq", 2048, "Tokens a row.", lower_bound=2)
     flags.DEFINE_integer("micro_batches", 1, "Parts a batch is computed in, one after the other.", lower_bound=1)
     flags.DEFINE_enum("remat", "full", sorted(REMAT), "What the backward pass recomputes.")
+    flags.DEFINE_enum("attention", "xla", ["xla", "splash"], "Its implementation.")
     flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "Compute dtype.")
     flags.DEFINE_enum("base_dtype", "bfloat16", ["bfloat16", "float32"], "How the base is stored.")
     flags.DEFINE_string("optimizer", "adamw", "optax optimiser by name.")
@@ -125,8 +126,10 @@ def plan(job: Job, spec: str, micro: int = 1) -> dict[str, Any]:
     memory = resident(start, frozen, places)
     out = {**dataclasses.asdict(job), "mesh": ",".join(f"{n}:{k}" for n, k in axes.items()), "micro_batches": micro}
     out |= {"chips": mesh.size, "hbm": chip.hbm, "units": job.units[0], "unit": job.units[1]}
+    # A kernel hides its products: those of xla's attention are counted, masked ones included.
+    plain = step if job.attention == "xla" else program(dataclasses.replace(job, attention="xla"), spec, micro)[0]
     with meshes.use(mesh):
-        out["flops"] = count.matmul_flops(jax.make_jaxpr(step)(start, frozen, batch).jaxpr) / mesh.size
+        out["flops"] = count.matmul_flops(jax.make_jaxpr(plain)(start, frozen, batch).jaxpr) / mesh.size
         try:
             compiled = compile_step(step, start, frozen, batch, places)
         except jax.errors.JaxRuntimeError as error:
@@ -136,7 +139,8 @@ def plan(job: Job, spec: str, micro: int = 1) -> dict[str, Any]:
             return out | {"memory": memory, "fits": False, "reason": reason, "seconds": {}}
     found, cost = compiled.memory_analysis(), compiled.cost_analysis()
     memory["activations"] = found.temp_size_in_bytes + max(0, found.output_size_in_bytes - found.alias_size_in_bytes)
-    kinds = count.collectives(compiled.as_text())
+    text = compiled.as_text()
+    kinds = count.collectives(text)
     # XLA counts a loop's body once, for bytes as for FLOPs: what it misses of the one it misses of the other.
     traffic = cost["bytes accessed"] * max(1.0, out["flops"] / max(cost["flops"], 1.0))
     seconds = {
@@ -149,6 +153,7 @@ def plan(job: Job, spec: str, micro: int = 1) -> dict[str, Any]:
         "fits": sum(memory.values()) <= FITS * chip.hbm,
         "xla_flops": cost["flops"],
         "bytes": traffic,
+        "kernels": text.count('custom_call_target="tpu_custom_call"'),
         "collectives": {kind: c._asdict() for kind, c in kinds.items()},
         "seconds": seconds,
         "roofline": max(seconds.values()),
@@ -199,6 +204,8 @@ def table(p: dict[str, Any]) -> str:
     rows.append(["matmul FLOPs", f"{p['flops']:.3e}"])
     if p["seconds"]:
         rows.append(["HBM traffic", f"{p['bytes'] / GIB:.1f} GiB"])
+        if p["kernels"]:
+            rows.append(["Pallas kernels", f"{p['kernels']} in the program"])
         for kind, c in sorted(p["collectives"].items()):
             rows.append([kind, f"{c['count']} times, {c['nbytes'] / GIB:.2f} GiB"])
         rows += [[f"time of {name} alone", f"{1000 * s:.1f} ms"] for name, s in p["seconds"].items()]
@@ -209,7 +216,7 @@ def table(p: dict[str, Any]) -> str:
     size = f"{p['batch']} images" if p["unit"] == "images" else f"{p['batch']} x {p['seq']} tokens"
     head = (
         f"{p['task']} step of {p['model']} {p['peft']} on {p['topology']} ({p['chips']} chips), mesh {p['mesh']}, "
-        f"{size} in {p['micro_batches']} part(s), remat {p['remat']}, {p['dtype']}"
+        f"{size} in {p['micro_batches']} part(s), remat {p['remat']}, {p['attention']} attention, {p['dtype']}"
     )
     return head + "\nper chip and step:\n" + tabulate(rows, tablefmt="github", headers=["", ""])
 

@@ -39,6 +39,7 @@ class Job:
     seq: int
     task: str = "lm"
     remat: str = "full"
+    attention: str = "xla"
     dtype: str = "bfloat16"
     base_dtype: str = "bfloat16"
     optimizer: str = "adamw"
@@ -70,6 +71,12 @@ def parts(job: Job, micro: int) -> Parts:
     if job.task != "dit" and not hasattr(config, "tie_embeddings"):
         raise FlagError(f"model {job.model!r} is no decoder: task {job.task!r} predicts tokens. Valid: llama3-8b, ...")
     own = {"learn_sigma": False} if job.task == "dit" else {}  # as `experiments.diffusion` trains it
+    if job.attention != "xla":
+        if not hasattr(config, "attention"):
+            raise FlagError(
+                f"attention={job.attention!r} is for the families of LLaMA and GPT-2, not for {job.model!r}."
+            )
+        own |= {"attention": job.attention}
     config = dataclasses.replace(config, dtype=job.dtype, param_dtype=job.base_dtype, remat=job.remat, **own)
     model = build(config)
     shape = lambda dtype, *more: jax.ShapeDtypeStruct((micro, job.batch // micro, *more), dtype)  # noqa: E731

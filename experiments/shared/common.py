@@ -106,12 +106,31 @@ def _fail(text: str, status: int) -> None:
 
 
 def model_flags(model: str) -> None:
-    """--model, --untie, --dtype, --remat, --quantise."""
+    """--model, --untie, --dtype, --remat, --attention, --quantise."""
     flags.DEFINE_string("model", model, "Packaged name, directory of Hugging Face files, .gguf file or hub id.")
     flags.DEFINE_bool("untie", False, "Give a model whose output is its token table a projection of its own.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype; parameters stay fp32.")
     flags.DEFINE_enum("remat", "none", ["none", "full", "dots"], "What the backward pass recomputes.")
+    flags.DEFINE_enum(
+        "attention",
+        "xla",
+        ["xla", "cudnn", "splash"],
+        "Its implementation: cudnn on a GPU in bfloat16, splash on a TPU.",
+    )
     flags.DEFINE_enum("quantise", None, ["int8", "nf4"], "Keep the layers' frozen kernels in so many bits (QLoRA).")
+
+
+def model_options() -> dict[str, Any]:
+    """How a model that those flags name is to be computed. FlagError for an attention that is for other devices."""
+    import jax
+
+    wanted = {"cudnn": "gpu", "splash": "tpu"}.get(flags.FLAGS.attention)
+    if wanted not in (None, jax.default_backend()):
+        raise FlagError(
+            f"--attention={flags.FLAGS.attention} is for a {wanted.upper()}, and this is a "
+            f"{jax.default_backend().upper()}. Valid: xla."
+        )
+    return flag_values("dtype", "remat", "untie", "attention")
 
 
 def flag_values(*names: str) -> dict[str, Any]:

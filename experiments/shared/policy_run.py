@@ -136,7 +136,7 @@ def language(values: Any, settings: Settings) -> tuple[Pretrained, Task]:
         except ValueError:
             raise FlagError(f"--reward={spec}: {weight!r} is no number.") from None
         functions[name] = reward_function(name)
-    options = {"dtype": values.dtype, "remat": values.remat, "untie": values.untie}
+    options = common.model_options()
     base = replies.load_model(values.model, values.quantise, **options)
     learn, held = prompt_texts(values.data, values.prompt_words)
     prompts = [encode(base, texts, settings.max_new) for texts in (learn, some(held, values.eval_prompts))]

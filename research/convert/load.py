@@ -20,7 +20,7 @@ from research.convert.gguf import GGUFSource
 from research.convert.names import LM_HEAD, VIT_HEAD, canonical
 from research.data import assets, joined, smoke
 from research.data.pins import JOINED
-from research.errors import ModelError, UserError, did_you_mean
+from research.errors import FlagError, ModelError, UserError, did_you_mean
 from research.models import tie
 from research.models.bert import BertConfig
 from research.models.llama import LlamaConfig
@@ -66,6 +66,7 @@ def load(
     param_dtype: str = "float32",
     scan: bool = True,
     remat: str = "none",
+    attention: str = "xla",
     untie: bool = False,
     seed: int = 0,
     places: Callable[[tree.PyTree, tree.PyTree], tree.PyTree] | None = None,
@@ -76,28 +77,39 @@ def load(
       name: `minilm-l6` or `smollm2-135m-instruct` (packaged), `smoke` or `smoke-llama` (tiny and random), a directory
         of Hugging Face files, a `.gguf` file, or a hub id `org/name[@revision]`.
       dtype, param_dtype: of the computation and of the parameters. scan, remat: see the model's config.
+      attention: one of `research.nn.kernels.NAMES`.
       untie: give a model whose output is its token table a projection of its own.
       seed: of the random models.
       places: (logical axes, shapes) -> shardings, where the parameters go straight into their shards.
-    Raises ModelError: nothing of that name, or files that are broken or not supported.
+    Raises ModelError: nothing of that name, or files that are broken or not supported. FlagError: an attention that
+    this family has not.
     """
     options = {"dtype": dtype, "param_dtype": param_dtype, "scan": scan, "remat": remat}
     path = None
     if name in SMOKE:
         tokenizer = smoke.smoke_tokenizer()
-        config = dataclasses.replace(_smoke_config(name, len(tokenizer)), **options)
+        config = _attending(dataclasses.replace(_smoke_config(name, len(tokenizer)), **options), attention)
         params = _random(config, seed)
     else:
         path = _find(name)
         source = GGUFSource(path) if path.is_file() else hf.SafetensorsSource(path)
         config = source.config if isinstance(source, GGUFSource) else _as_saved(_read_config(path), source)
-        config = dataclasses.replace(config, **options)
+        config = _attending(dataclasses.replace(config, **options), attention)
         shapes, axes = method.base(build(config))
         params = hf.import_params(config, source, None if places is None else places(axes, shapes))
         tokenizer = source.tokenizer() if isinstance(source, GGUFSource) else _tokenizer(path)
     if untie:
         params, config = tie.untie(params, config)
     return Pretrained(name, config, build(config), params, tokenizer, fingerprint(params, config), path)
+
+
+def _attending(config: Config, attention: str) -> Config:
+    """The configuration with that attention. FlagError where it has one kind only."""
+    if attention == getattr(config, "attention", "xla"):
+        return config
+    if not hasattr(config, "attention"):
+        raise FlagError(f"attention={attention!r} is for the families of LLaMA and GPT-2: {config.family} has 'xla'.")
+    return dataclasses.replace(config, attention=attention)
 
 
 def load_config(name: str) -> Config:

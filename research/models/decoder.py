@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from research.nn.embed import Tied
+from research.nn.kernels import Sight
 from research.nn.layers import apply_layers
 from research.nn.linear import Linear
 from research.nn.sites import Outputs
@@ -58,11 +59,20 @@ class Decoder(nn.Module):
         if segments is not None:
             seen &= together(segments, slots.shape[1] - tokens.shape[1])
         more = self.given(positions, past)
-        x, layers = apply_layers(self.layers, c, embedded, seen, *more, collect=self.outputs.occupied)
+        seen_by = self.sight(seen, slots, segments, slots.shape[1] - tokens.shape[1]) if past is None else seen
+        x, layers = apply_layers(self.layers, c, embedded, seen_by, *more, collect=self.outputs.occupied)
         x = self.norm(self.outputs(x, layers, embedded, seen)[:, -tokens.shape[1] :])
         if self.is_initializing():
             self.unembed(x[:, :1])
         return x
+
+    def sight(self, seen: jax.Array, slots: jax.Array, segments: jax.Array | None, virtual: int) -> jax.Array | Sight:
+        """seen, with what it was made from where a kernel wants that and it is the whole truth."""
+        window = getattr(self.config, "sliding_window", None)
+        # Of virtual tokens every document is, and what a window counts from them depends on the padding.
+        if getattr(self.config, "attention", "xla") != "splash" or (virtual and (segments is not None or window)):
+            return seen
+        return Sight(seen, slots if segments is None else segments, window, packed=segments is not None)
 
     def unembed(self, x: jax.Array) -> jax.Array:
         """hidden [..., D] -> logits [..., V] fp32."""

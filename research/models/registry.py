@@ -4,6 +4,7 @@ import flax.linen as nn
 
 from research.errors import ModelError, did_you_mean
 from research.models import bert, bloom, clip, dit, gemma, gpt2, llama, t5, unet, vit
+from research.nn import kernels
 from research.nn.layers import REMAT
 
 FAMILIES = {
@@ -42,7 +43,8 @@ def preset(name: str) -> Config:
 
 
 def build(config: Config) -> nn.Module:
-    """The module of a configuration. ModelError for a remat policy that there is not."""
+    """The module of a configuration. ModelError for a remat policy, FlagError for an attention that there is not."""
     if config.remat not in REMAT:
         raise ModelError(f"unknown remat policy {config.remat!r}.{did_you_mean(config.remat, REMAT)}")
+    kernels.check(getattr(config, "attention", "xla"))
     return _MODULES[type(config)](config)

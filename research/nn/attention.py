@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from research.nn.kernels import Sight, fused
 from research.nn.linear import Linear
 from research.nn.norm import RMSNorm
 from research.nn.param import dropout, training_rng
@@ -35,7 +36,7 @@ class Attention(nn.Module):
     alibi: adds slope_h * (the key's position) (arXiv 2108.12409).
     cross: keys and values are made from another sequence. keep: whether later tokens read them (not in an encoder).
     qk_norm_eps: RMSNorm over each head of q and k before rotation (Qwen3, Gemma 3) where it is given, its scale plus
-    `norm_offset`.
+    `norm_offset`. kernel: one of `kernels.NAMES`.
     """
 
     num_heads: int
@@ -51,6 +52,7 @@ class Attention(nn.Module):
     alibi: bool = False
     cross: bool = False
     keep: bool = True
+    kernel: str = "xla"
     dtype: str = "float32"
     param_dtype: str = "float32"
 
@@ -58,7 +60,7 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        mask: jax.Array,
+        mask: jax.Array | Sight,
         rope: tuple[jax.Array, jax.Array] | None = None,
         norm: Callable = lambda x: x,
         *,
@@ -66,13 +68,14 @@ class Attention(nn.Module):
         positions: jax.Array | None = None,
         context: jax.Array | None = None,
     ) -> jax.Array:
-        """x [B, T, D], mask bool [B, T or 1, S] (True where a query may look), rope (cos, sin) -> [B, T, D].
+        """x [B, T, D], mask bool [B, T or 1, S] (True: a query may look) or a `Sight`, rope (cos, sin) -> [B, T, D].
 
         norm: the one that made x, for nodes whose tokens have yet to go through it.
         bias: [B or 1, H, T, S], added to the scores; virtual keys have none. positions: of the keys [B, S], for alibi.
         context [B, S, D]: the other sequence of `cross`; None where its keys are in the cache.
         """
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        sight, mask = (mask, mask.seen) if isinstance(mask, Sight) else (None, mask)
         width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         project_q = Linear(width, ("embed", "heads"), self.qkv_bias, name="q", **types)
         project_k = Linear(kv_width, ("embed", "kv_heads"), self.qkv_bias, name="k", **types)
@@ -99,8 +102,13 @@ class Attention(nn.Module):
             bias = slopes(self.num_heads)[:, None, None] * positions[:, None, None, :]
         elif bias is not None:
             bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (mask.shape[-1] - bias.shape[-1], 0)))
-        options = {"scale": self.scale, "softcap": self.softcap, "bias": bias}
-        y = attend(q, k, v, mask, self.dropout, training_rng(self), gate, **options)
+        rng, y = training_rng(self), None
+        plain = gate is None and bias is None and self.softcap is None and (rng is None or not self.dropout)
+        if self.kernel != "xla" and plain:
+            y = fused(self.kernel, q, k, v, mask, sight, self.head_dim**-0.5 if self.scale is None else self.scale)
+        if y is None:
+            options = {"scale": self.scale, "softcap": self.softcap, "bias": bias}
+            y = attend(q, k, v, mask, self.dropout, rng, gate, **options)
         y = kv.attended(q, y, x, project)
         return Linear(x.shape[-1], ("heads", "embed"), self.out_bias, name="o", **types)(y)
 

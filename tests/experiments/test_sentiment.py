@@ -20,9 +20,19 @@ def parts(tmp_path_factory) -> list[str]:
     """A reward model and a judge of the bundled sentences."""
     folder = tmp_path_factory.mktemp("parts")
     few = ("--model=smoke-llama", "--data=smoke", "--batch_size=16", "--max_length=16", *SHORT)
-    made = run("reward_model", *few, "--pairs=160", "--held_out=20", "--eval_every=0", "--steps=2", f"--workdir={folder / 'reward'}")
+    made = run(
+        "reward_model",
+        *few,
+        "--pairs=160",
+        "--held_out=20",
+        "--eval_every=0",
+        "--steps=2",
+        f"--workdir={folder / 'reward'}",
+    )
     assert made.status == 0, made.err
-    made = run("classify", *few, "--steps=60", "--learning_rate=1e-2", "--eval_every=0", f"--workdir={folder / 'judge'}")
+    made = run(
+        "classify", *few, "--steps=60", "--learning_rate=1e-2", "--eval_every=0", f"--workdir={folder / 'judge'}"
+    )
     assert made.status == 0, made.err
     return [f"--{name}={folder / name / 'adapter'}" for name in ("reward", "judge")]
 
@@ -47,7 +57,9 @@ def test_one_table_of_all_methods_and_the_same_command_goes_on(parts: list[str],
         assert len(one["way"]) == 2 and one["way"][-1]["reward"] == pytest.approx(one["reward"], abs=1e-6)
         assert one["near"] == max(w["positive"] for w in one["way"])
     lines = [json.loads(line) for line in (tmp_path / "dpo-0" / "metrics.jsonl").read_text().splitlines()]
-    assert next(line["loss"] for line in lines if "loss" in line) == pytest.approx(np.log(2), abs=1e-5), "the policy is its reference"
+    assert next(line["loss"] for line in lines if "loss" in line) == pytest.approx(np.log(2), abs=1e-5), (
+        "the policy is its reference"
+    )
     rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     grpo = [r for r in rows if r["method"] == "grpo" and r["seed"] == 0]
     assert np.mean([r["positive"] > 0.5 for r in grpo]) == pytest.approx(runs["grpo", 0]["positive"])

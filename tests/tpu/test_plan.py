@@ -42,6 +42,15 @@ def test_the_steps_products_are_those_counted_by_hand(changes):
     assert counted == pytest.approx(analytic_flops(made, peft.base(parts(made, 2).model)[0]), rel=0.05)
 
 
+@pytest.mark.slow
+def test_a_kernel_hides_no_products():
+    found = plan.plan(job(attention="splash", seq=128, batch=4), "fsdp:4")
+    step, arguments, _, mesh = plan.program(job(seq=128, batch=4), "fsdp:4", 1)
+    assert found["flops"] == matmul_flops(jax.make_jaxpr(step)(*arguments).jaxpr) / mesh.size
+    with pytest.raises(FlagError, match="LLaMA and GPT-2, not for 'dit-s8'"):
+        parts(job(task="dit", model="dit-s8", attention="splash"), 1)
+
+
 def test_no_chip_holds_more_than_its_share_of_the_base():
     _, (start, frozen, _), places, mesh = plan.program(job(model="llama3-70b"), "fsdp:4", 1)
     whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen))
