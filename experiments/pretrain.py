@@ -3,6 +3,7 @@
     python -m experiments.pretrain                                     # 10M parameters on Jane Austen, from nothing
     python -m experiments.pretrain --data=poems --vocab_size=2048 --dropout=0.2 --steps=400 --workdir=runs/poems
     python -m experiments.pretrain --init=runs/pretrain/model --data=notes.txt --peft=lora --workdir=runs/notes
+    python -m experiments.pretrain --mode=evaluate --init=smollm2-135m-instruct --quantise=nf4     # perplexity
     python -m experiments.generate --model=runs/pretrain/model --prompt="It is a truth" --temperature=0.8
 
 A fresh model gets a BPE tokenizer trained on the training part. Tokens lie memory-mapped under --workdir; a batch is
@@ -52,6 +53,7 @@ from research.train import state as states
 from research.train.lock import lock
 
 PROMPT, SAMPLES = 16, 3  # tokens of the test part that a sample goes on from, and how many
+HELD_OUT = ("validation", "test")
 FRESH = ("family", "layers", "hidden_size", "heads", "dropout", "vocab_size")  # flags that a base has no use for
 GIVEN = ("quantise", "untie")  # and those that a fresh model has none for
 
@@ -67,6 +69,8 @@ def define_flags() -> None:
     """Only where this is the script: other scripts' flags have the same names."""
     common.model_flags(None)
     flags.DEFINE_alias("init", "model")
+    flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "Train, or score what --init names as it is.")
+    flags.DEFINE_integer("eval_rows", 0, "--mode=evaluate: rows of a part, evenly spread; 0 for all.", lower_bound=0)
     flags.DEFINE_string("data", "austen", "austen, poems, wiki, or a text file; blank lines divide its documents.")
     flags.DEFINE_string("peft", "full", "Method specification; a fresh model trains in full.")
     flags.DEFINE_enum("family", "gpt2", ["gpt2", "llama"], "Of a fresh model.")
@@ -90,12 +94,18 @@ def main() -> None:
     with (
         training.use_mesh(values.mesh, several=True) as mesh,
         lock(workdir),
-        text_folder(workdir, values.dry_run) as folder,
+        text_folder(workdir, values.dry_run or values.mode == "evaluate") as folder,
     ):
         base = None if values.model is None else given_base(values)
         text = distributed.after_first(lambda: prepare(values.data, folder, values.vocab_size, base))
         base = base or fresh_base(values, text.tokenizer)
-        check_length(base, check(base, values.peft), recipe.max_length)
+        spec = "lora" if values.mode == "evaluate" else values.peft  # a fresh one is the base itself
+        check_length(base, check(base, spec), recipe.max_length)
+        if values.mode == "evaluate":
+            run = start(base, spec, text, recipe, values.seed, mesh)
+            scores = {p: evaluator(run, text.parts[p], recipe, values.eval_rows)(run.state) for p in HELD_OUT}
+            tokens = ", ".join(f"{int(s['weight']):,} {part}" for part, s in scores.items())
+            return print(f"{summary(text)}\nscored tokens: {tokens}\n\n{table(scores, text.baselines)}")
         batch = windows(text, recipe, values.seed)
         run = start(base, values.peft, text, recipe, values.seed, mesh)
         print(training.summary(base, values.peft, run))
@@ -114,7 +124,7 @@ def main() -> None:
             save_every=values.save_every, label="pretrain", best_metric="loss", best_mode="min",
         )  # fmt: skip
         best = result.state.replace(trainable=result.best["trainable"], extra=result.best["extra"])
-        scores = {part: evaluator(run, text.parts[part], recipe)(best) for part in ("validation", "test")}
+        scores = {part: evaluator(run, text.parts[part], recipe)(best) for part in HELD_OUT}
         samples = sample(base, run, best, text, recipe, values.seed)
         write_text(workdir / "samples.txt", "\n\n".join(samples) + "\n")
         where = keep(base, values.peft, run, best, workdir, scores)
@@ -133,6 +143,8 @@ def check_flags(values: Any) -> None:
     if named:
         what = "a base: give --init=DIRECTORY" if fresh else "a fresh model: leave it out beside --init"
         raise FlagError(f"--{named[0]} is for {what}.")
+    if fresh and values.mode == "evaluate":
+        raise FlagError("--mode=evaluate scores a base: give --init=DIRECTORY, such as runs/pretrain/model.")
     if fresh and values.peft.strip() != "full":
         raise FlagError(f"--peft={values.peft} adapts a base: give --init=DIRECTORY, such as runs/pretrain/model.")
     if fresh and values.hidden_size % values.heads:
@@ -208,17 +220,24 @@ def start(
 # ------------------------------------------------------------------------------------------------------------- results
 
 
-def evaluator(run: training.Run, part: shards.Shard, recipe: Recipe) -> Callable[..., dict[str, float] | None]:
-    """(state, stop) -> loss in nats a token, perplexity, nats and bits a byte, all of the part. Rows do not overlap, so
-    the first tokens of each have little context.
+def evaluator(
+    run: training.Run, part: shards.Shard, recipe: Recipe, rows: int = 0
+) -> Callable[..., dict[str, float] | None]:
+    """(state, stop) -> loss in nats a token, perplexity, nats and bits a byte, of `rows` rows or of the whole part.
+    Rows do not overlap, so the first tokens of each have little context.
     """
-    evaluate = training.evaluator(run, shards.consecutive(part.tokens, recipe.max_length - 1), recipe.batch_size)
+    leaves = shards.consecutive(part.tokens, recipe.max_length - 1)
+    count = len(leaves["tokens"])
+    if 0 < rows < count:
+        leaves = {name: leaf[np.linspace(0, count - 1, rows, dtype=np.int64)] for name, leaf in leaves.items()}
+    evaluate = training.evaluator(run, leaves, recipe.batch_size)
 
     def score(state: states.TrainState, stop: Callable[[], bool] | None = None) -> dict[str, float] | None:
         means = evaluate(state, stop)
         if means is None:
             return None
-        nats = means["loss"] * means["weight"] / part.bytes
+        share = means["weight"] / len(part.tokens) if len(leaves["tokens"]) < count else 1.0
+        nats = means["loss"] * means["weight"] / (part.bytes * share)
         return means | {"perplexity": math.exp(means["loss"]), "nats_byte": nats, "bits_byte": nats / math.log(2)}
 
     return score

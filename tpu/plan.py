@@ -178,8 +178,6 @@ def suggest(job: Job, most: int) -> list[dict[str, Any]]:
         for micro in (1, 2, 4, 8):
             if job.batch % (data * fsdp * micro) == 0:
                 tried.append((tensor, micro, -fsdp, spec))
-    if not tried:
-        raise FlagError(f"batch={job.batch} is divided by no mesh of {devices} chips. Valid: {devices}.")
     hbm, chosen = chips.chip(job.topology).hbm, []
     for _, micro, _, spec in sorted(tried):
         _, (start, frozen, _), places, _ = program(job, spec, micro)

@@ -101,6 +101,21 @@ def test_the_best_step_is_kept_and_not_the_last(text: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
+def test_evaluation_alone_gives_the_scores_of_training(trained: Path, text: Path, tmp_path: Path):
+    command = ["--mode=evaluate", f"--init={trained / 'model'}", f"--data={text}", *STEPS, f"--workdir={tmp_path}"]
+    outcome = run("pretrain", *command)
+    assert outcome.status == 0, outcome.err
+    for part, scores in json.loads((trained / "result.json").read_text())["scores"].items():
+        row = next(line for line in outcome.out.splitlines() if line.startswith(f"| {part} "))
+        printed = [float(x) for x in row.split("|")[2:6]]
+        assert printed == pytest.approx([scores[k] for k in ("loss", "perplexity", "nats_byte", "bits_byte")], abs=2e-3)
+    fewer = run("pretrain", *command, "--eval_rows=2", "--quantise=int8")
+    assert fewer.status == 0 and "scored tokens: " in fewer.out, fewer.err
+    assert not (tmp_path / "checkpoints").exists() and not (tmp_path / "text").exists()
+    refused(run("pretrain", "--mode=evaluate", f"--workdir={tmp_path}"), 2, "--mode=evaluate", "--init=DIRECTORY")
+
+
+@pytest.mark.slow
 def test_a_method_on_what_was_trained_leaves_an_adapter(trained: Path, text: Path, tmp_path: Path):
     arguments = [f"--init={trained / 'model'}", "--peft=lora:targets=all", f"--data={text}", *STEPS]
     outcome = run("pretrain", *arguments, f"--workdir={tmp_path}")

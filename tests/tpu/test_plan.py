@@ -51,6 +51,32 @@ def test_a_kernel_hides_no_products():
         parts(job(task="dit", model="dit-s8", attention="splash"), 1)
 
 
+def row(spec: str, micro: int, fits: bool, seconds: float) -> dict:
+    return {"mesh": spec, "micro_batches": micro, "fits": fits} | ({"roofline": seconds} if fits else {})
+
+
+def test_suggestions_are_the_likeliest_and_the_quickest_that_fit_come_first(monkeypatch):
+    times = iter([3.0, 1.0, 2.0, 4.0])
+    made = []
+
+    def compiled(job: Job, spec: str, micro: int) -> dict:
+        made.append((spec, micro))
+        seconds = next(times)
+        return row(spec, micro, seconds != 1.0, seconds)
+
+    monkeypatch.setattr(plan, "plan", compiled)
+    found = plan.suggest(job(), 4)
+    assert [p.get("roofline") for p in found] == [2.0, 3.0, 4.0, None]
+    # The fewest micro-batches without tensor parallelism, then the next.
+    assert made == [(f"data:{d},fsdp:{4 // d},tensor:1", m) for m in (1, 2) for d in (1, 2, 4)][:4]
+
+
+def test_a_base_that_fits_nowhere(monkeypatch):
+    monkeypatch.setattr(chips, "chip", lambda topology: chips.CHIPS["v5e"]._replace(hbm=1))
+    with pytest.raises(FlagError, match="fits on no mesh of v5e:2x2: take a larger slice"):
+        plan.suggest(job(), 1)
+
+
 def test_no_chip_holds_more_than_its_share_of_the_base():
     _, (start, frozen, _), places, mesh = plan.program(job(model="llama3-70b"), "fsdp:4", 1)
     whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen))
