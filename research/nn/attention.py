@@ -94,7 +94,7 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         project = Projection(lambda h: (heads(project_k(h)), heads(project_v(h))), norm)
-        k, v, mask, gate = kv(k, v, mask, x, project)
+        k, v, past, mask, gate = kv(k, v, mask, x, project)
         if self.alibi:
             virtual = mask.shape[-1] - positions.shape[-1]
             front = jnp.broadcast_to(jnp.arange(virtual), (positions.shape[0], virtual))
@@ -103,11 +103,17 @@ class Attention(nn.Module):
         elif bias is not None:
             bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (mask.shape[-1] - bias.shape[-1], 0)))
         rng, y = training_rng(self), None
-        plain = gate is None and bias is None and self.softcap is None and (rng is None or not self.dropout)
+        plain = (
+            past is None
+            and gate is None
+            and bias is None
+            and self.softcap is None
+            and (rng is None or not self.dropout)
+        )
         if self.kernel != "xla" and plain:
             y = fused(self.kernel, q, k, v, mask, sight, self.head_dim**-0.5 if self.scale is None else self.scale)
         if y is None:
-            options = {"scale": self.scale, "softcap": self.softcap, "bias": bias}
+            options = {"past": past, "scale": self.scale, "softcap": self.softcap, "bias": bias}
             y = attend(q, k, v, mask, self.dropout, rng, gate, **options)
         y = kv.attended(q, y, x, project)
         return Linear(x.shape[-1], ("heads", "embed"), self.out_bias, name="o", **types)(y)
@@ -132,22 +138,27 @@ def attend(
     rng: jax.Array | None = None,
     gate: jax.Array | None = None,
     *,
+    past: tuple[jax.Array, jax.Array] | None = None,
     scale: float | None = None,
     softcap: float | None = None,
     bias: jax.Array | None = None,
 ) -> jax.Array:
     """q [B, T, H, K], k and v [B, S, kv_heads, K], mask bool [B, T or 1, S] -> [B, T, H*K]. A row without a key gives a
     mean, not NaN. gate [B, T, P] multiplies scores and probabilities of the first P keys; bias [B or 1, H, T or 1, S].
+    past: keys and values of N more, in front; then S in the other shapes is N + S.
 
-    The queries that share a key head are one batched product [B*kv_heads, G*T, K] x [B*kv_heads, K, S].
+    The queries that share a key head are one batched product [B*kv_heads, G*T, K] x [B*kv_heads, K, S]. Of a cache the
+    scores are concatenated, and not the keys and values, which are many.
     """
     batch, t, num_heads, head_dim = q.shape
-    s, num_kv_heads = k.shape[1:3]
+    num_kv_heads = k.shape[2]
+    parts = [(k, v)] if past is None else [past, (k, v)]
+    s = sum(keys.shape[1] for keys, _ in parts)
     groups = num_heads // num_kv_heads
     q = q.reshape(batch, t, num_kv_heads, groups, head_dim).transpose(0, 2, 3, 1, 4)
     q = q.reshape(batch, num_kv_heads, groups * t, head_dim) * (head_dim**-0.5 if scale is None else scale)
-    k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-    scores = jnp.matmul(q, k, preferred_element_type=jnp.float32)
+    each = [jnp.matmul(q, keys.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32) for keys, _ in parts]
+    scores = each[0] if past is None else jnp.concatenate(each, axis=-1)
     scores = scores.reshape(batch, num_kv_heads, groups, t, s)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
@@ -159,6 +170,10 @@ def attend(
     scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
     probs = dropout(jax.nn.softmax(scores, axis=-1), rate, rng)
     probs = (probs if gate is None else probs * gate).astype(v.dtype)
-    y = jnp.matmul(probs.reshape(batch, num_kv_heads, groups * t, s), v)
+    probs = probs.reshape(batch, num_kv_heads, groups * t, s)
+    first = s - k.shape[1]
+    y = jnp.matmul(probs[..., first:], v.transpose(0, 2, 1, 3))
+    if past is not None:
+        y += jnp.matmul(probs[..., :first], past[1].transpose(0, 2, 1, 3))
     y = y.reshape(batch, num_kv_heads, groups, t, head_dim).transpose(0, 3, 1, 2, 4)
     return y.reshape(batch, t, num_heads * head_dim)

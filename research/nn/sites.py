@@ -219,8 +219,8 @@ class KeysValues(nn.Module):
 
     @nn.compact
     def __call__(self, k: jax.Array, v: jax.Array, mask: jax.Array, x: jax.Array, project: Callable) -> tuple:
-        """k, v [B, S, kv_heads, K], mask bool [B, T or 1, S] -> the same with P more keys in front, and gate [B, T, P]
-        for those, or None. With a cache of N tokens the mask is [B, T, N + S], and their keys come back too.
+        """k, v [B, S, kv_heads, K], mask bool [B, T or 1, S] -> k and v with P more in front; past, the keys and values
+        of N tokens in the cache, or None; the mask, with past [B, T, N + S]; gate [B, T, P] of the P, or None.
         """
         record(self, "attention", k.shape[-2:], ("kv_heads", None))
         virtual = [more for node in nodes(self) if (more := node.keys_values(x, project)) is not None]
@@ -232,16 +232,17 @@ class KeysValues(nn.Module):
         if self.keep:
             remember(self, names[0], k)
             remember(self, names[1], v)
+        past = None
         if keys is not None and not self.context:
-            k, v = (jnp.concatenate([old, new.astype(old.dtype)], axis=1) for old, new in ((keys, k), (values, v)))
+            past, k, v = (keys, values), k.astype(keys.dtype), v.astype(values.dtype)
         gates = []
         for more in virtual:
             mask = jnp.concatenate([jnp.broadcast_to(more.on, (*mask.shape[:2], more.on.shape[0])), mask], axis=-1)
             gates.insert(0, (more.gate, more.on.shape[0]))
         if all(gate is None for gate, _ in gates):
-            return k, v, mask, None
+            return k, v, past, mask, None
         full = lambda gate, size: jnp.broadcast_to(1.0 if gate is None else gate[..., None], (*x.shape[:2], size))  # noqa: E731
-        return k, v, mask, jnp.concatenate([full(*g) for g in gates], axis=-1)
+        return k, v, past, mask, jnp.concatenate([full(*g) for g in gates], axis=-1)
 
     def attended(self, q: jax.Array, y: jax.Array, x: jax.Array, project: Callable) -> jax.Array:
         """The nodes' second hook."""

@@ -87,9 +87,8 @@ class Ladder(OutputNode):
             n = rms(h) * w["attn_norm"]
             q, k, v = ((n @ w[name]).reshape(*h.shape[:-1], self.heads, -1) for name in "qkv")
             kept = {"keys": k, "values": v}
-            if before:
-                k, v = (jnp.concatenate([before[name], kept[name]], axis=1) for name in ("keys", "values"))
-            h = h + attend(q, k, v, mask) @ w["o"]
+            past = (before["keys"], before["values"]) if before else None
+            h = h + attend(q, k, v, mask, past=past) @ w["o"]
             return h + jax.nn.gelu((rms(h) * w["mlp_norm"]) @ w["wi"]) @ w["wo"], kept
 
         h, kept = jax.lax.scan(rung, frozen(embedded) @ first + first_bias, (frozen(layers), rungs, past))
