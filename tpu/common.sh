@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: flags as --name=value, --dry_run, and running or printing a command.
 
 dry_run=false

@@ -1,4 +1,5 @@
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,3 +35,10 @@ def test_an_unknown_argument_is_one_line(script):
     done = call(script, "--nmae=r1", "--dry_run")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "unknown argument --nmae=r1. Valid: --name=" in done.stderr
+
+
+def test_shellcheck_passes():
+    scripts = [*TPU.glob("*.sh"), TPU.parent / ".ci" / "run"]
+    command = [Path(sys.prefix) / "bin" / "shellcheck", "-x", *scripts]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=TPU.parent)
+    assert done.returncode == 0, done.stdout
