@@ -309,7 +309,7 @@ def spell(values: Sequence[float]) -> str:
     if not values:
         return ""
     mean = float(np.mean(values))
-    digits = 3 if abs(mean) < 10 else 0
+    digits = 3 if abs(mean) < 10 else 1 if abs(mean) < 100 else 0
     return f"{mean:.{digits}f}" + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")
 
 
