@@ -179,7 +179,7 @@ def fresh_base(values: Any, tokenizer: Any) -> Pretrained:
     shared = {
         "vocab_size": len(tokenizer), "hidden_size": d, "num_layers": values.layers, "num_heads": heads,
         "max_positions": values.max_length, "tie_embeddings": True, "dtype": values.dtype, "remat": values.remat,
-        "attention": values.attention,
+        "kernel": values.attention,
     }  # fmt: skip
     if values.family == "gpt2":
         rates = {"dropout": values.dropout, "attention_dropout": values.dropout}

@@ -72,11 +72,11 @@ def parts(job: Job, micro: int) -> Parts:
         raise FlagError(f"model {job.model!r} is no decoder: task {job.task!r} predicts tokens. Valid: llama3-8b, ...")
     own = {"learn_sigma": False} if job.task == "dit" else {}  # as `experiments.diffusion` trains it
     if job.attention != "xla":
-        if not hasattr(config, "attention"):
+        if not hasattr(config, "kernel"):
             raise FlagError(
                 f"attention={job.attention!r} is for the families of LLaMA and GPT-2, not for {job.model!r}."
             )
-        own |= {"attention": job.attention}
+        own |= {"kernel": job.attention}
     config = dataclasses.replace(config, dtype=job.dtype, param_dtype=job.base_dtype, remat=job.remat, **own)
     model = build(config)
     shape = lambda dtype, *more: jax.ShapeDtypeStruct((micro, job.batch // micro, *more), dtype)  # noqa: E731

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from research.peft import tree
 
 # How the same function is computed, and what the family is called (a GGUF file calls Mistral a LLaMA).
-NOT_FUNCTIONAL = ("dtype", "param_dtype", "scan", "remat", "attention", "family")
+NOT_FUNCTIONAL = ("dtype", "param_dtype", "scan", "remat", "kernel", "family")
 
 
 def fingerprint(params: tree.PyTree, config: Any = None) -> str:

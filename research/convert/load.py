@@ -105,11 +105,11 @@ def load(
 
 def _attending(config: Config, attention: str) -> Config:
     """The configuration with that attention. FlagError where it has one kind only."""
-    if attention == getattr(config, "attention", "xla"):
+    if attention == getattr(config, "kernel", "xla"):
         return config
-    if not hasattr(config, "attention"):
+    if not hasattr(config, "kernel"):
         raise FlagError(f"attention={attention!r} is for the families of LLaMA and GPT-2: {config.family} has 'xla'.")
-    return dataclasses.replace(config, attention=attention)
+    return dataclasses.replace(config, kernel=attention)
 
 
 def load_config(name: str) -> Config:

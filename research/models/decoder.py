@@ -70,7 +70,7 @@ class Decoder(nn.Module):
         """seen, with what it was made from where a kernel wants that and it is the whole truth."""
         window = getattr(self.config, "sliding_window", None)
         # Of virtual tokens every document is, and what a window counts from them depends on the padding.
-        if getattr(self.config, "attention", "xla") != "splash" or (virtual and (segments is not None or window)):
+        if getattr(self.config, "kernel", "xla") != "splash" or (virtual and (segments is not None or window)):
             return seen
         return Sight(seen, slots if segments is None else segments, window, packed=segments is not None)
 

@@ -45,7 +45,7 @@ class Gpt2Config:
     param_dtype: str = "float32"
     scan: bool = True
     remat: str = "none"
-    attention: str = "xla"
+    kernel: str = "xla"
 
 
 def _config(d: int, layers: int, heads: int, **more) -> Gpt2Config:
@@ -82,7 +82,7 @@ class Block(nn.Module):
         c = self.config
         attn = Attention(
             c.num_heads, c.num_heads, c.hidden_size // c.num_heads, qkv_bias=True, out_bias=True,
-            dropout=c.attention_dropout, kernel=c.attention, dtype=c.dtype, param_dtype=c.param_dtype, name="attn",
+            dropout=c.attention_dropout, kernel=c.kernel, dtype=c.dtype, param_dtype=c.param_dtype, name="attn",
         )  # fmt: skip
         attn_norm = LayerNorm(c.norm_eps, param_dtype=c.param_dtype, name="attn_norm")
         h = attn_norm(x)

@@ -51,7 +51,7 @@ class LlamaConfig:
     param_dtype: str = "float32"
     scan: bool = True
     remat: str = "none"
-    attention: str = "xla"
+    kernel: str = "xla"
 
 
 _LLAMA31 = ("llama3", 8.0, 1.0, 4.0, 8192)
@@ -142,7 +142,7 @@ class Block(nn.Module):
         c = self.config
         attn = Attention(
             c.num_heads, c.num_kv_heads, c.head_dim, qkv_bias=c.qkv_bias, qk_norm_eps=c.norm_eps if c.qk_norm else None,
-            kernel=c.attention, dtype=c.dtype, param_dtype=c.param_dtype, name="attn",
+            kernel=c.kernel, dtype=c.dtype, param_dtype=c.param_dtype, name="attn",
         )  # fmt: skip
         mlp = GatedMlp(c.intermediate_size, dtype=c.dtype, param_dtype=c.param_dtype, name="mlp")
         attn_norm = RMSNorm(c.norm_eps, param_dtype=c.param_dtype, name="attn_norm")

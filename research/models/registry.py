@@ -46,5 +46,5 @@ def build(config: Config) -> nn.Module:
     """The module of a configuration. ModelError for a remat policy, FlagError for an attention that there is not."""
     if config.remat not in REMAT:
         raise ModelError(f"unknown remat policy {config.remat!r}.{did_you_mean(config.remat, REMAT)}")
-    kernels.check(getattr(config, "attention", "xla"))
+    kernels.check(getattr(config, "kernel", "xla"))
     return _MODULES[type(config)](config)

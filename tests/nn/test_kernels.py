@@ -30,7 +30,7 @@ def losses(spec: str, window: int | None, padding: str) -> tuple[list[Callable],
     base = load("smoke-llama")
     more = {"sliding_window": window, "family": "mistral"} if window else {}
     config, params = dataclasses.replace(base.config, **more), base.params
-    models = [build(dataclasses.replace(config, attention=name)) for name in ("xla", "splash")]
+    models = [build(dataclasses.replace(config, kernel=name)) for name in ("xla", "splash")]
     method, sites = registry.parse(spec), peft.sites(models[0])
     added = tiny.noise(peft.init(method, jax.random.key(0), sites), std=0.3, seed=1)
     tokens = jnp.asarray(np.random.default_rng(0).integers(5, 50, (ROWS, LENGTH)), jnp.int32)
@@ -101,7 +101,7 @@ def test_on_a_mesh(spec: str):
 
 def test_names_and_devices():
     with pytest.raises(FlagError, match="unknown attention 'splsh'.*Did you mean 'splash'"):
-        build(dataclasses.replace(load("smoke-llama").config, attention="splsh"))
+        build(dataclasses.replace(load("smoke-llama").config, kernel="splsh"))
     with pytest.raises(FlagError, match="families of LLaMA and GPT-2: bert has 'xla'"):
         load("smoke", attention="splash")
     x = jnp.zeros((1, 2, 1, 4))
