@@ -22,10 +22,10 @@ from absl import flags
 from experiments.shared import common, training
 from experiments.shared.classification import (
     Recipe,
-    attach,
     batches,
     check,
     check_length,
+    classifier,
     load_data,
     save_adapter,
     start,
@@ -34,7 +34,7 @@ from experiments.shared.dry_run import dry_run
 from research.convert.load import Pretrained
 from research.data import tokenize
 from research.data.batches import eval_batches
-from research.errors import DataError, FlagError, ModelError
+from research.errors import DataError, FlagError
 from research.peft import adapter as adapters
 from research.peft import method as peft
 from research.tasks import classify
@@ -114,12 +114,8 @@ def train(values: Any) -> None:
 
 def restore(values: Any) -> tuple[Pretrained, dict, adapters.Adapter]:
     """The base that an adapter names (or --model), and the variables of both."""
-    loaded = adapters.load(values.adapter)
-    if loaded.meta.get("task") != "classify":
-        raise ModelError(f"adapter {values.adapter} is for task {loaded.meta.get('task')!r}, not 'classify'.")
-    base = training.load_base(values.model or loaded.meta["base"]["name"], values.quantise, **common.model_options())
-    sites = peft.sites(base.model)
-    variables = peft.realised(loaded.method, attach(loaded, base, sites, values.force), sites)
+    options = common.model_options()
+    base, variables, loaded = classifier(values.adapter, values.model, values.quantise, values.force, **options)
     check_length(base, variables["peft"], loaded.meta["max_length"])
     return base, variables, loaded
 

@@ -33,10 +33,8 @@ from experiments.shared.dry_run import dry_run
 from research.convert.load import Pretrained
 from research.data import text, tokenize
 from research.data.batches import Batches, eval_batches
-from research.errors import FlagError, ModelError, did_you_mean
+from research.errors import FlagError, did_you_mean
 from research.files import write_text
-from research.peft import adapter as adapters
-from research.peft import method as peft
 from research.rl import pairs, rewards, rollout
 from research.tasks import classify
 from research.tasks.preference import Options
@@ -88,12 +86,8 @@ def main() -> None:
 
 def load_judge(directory: str) -> Callable[[Sequence[str]], np.ndarray]:
     """Texts -> the probability [N] of a classifier's last class. ModelError where the adapter is none."""
-    loaded = adapters.load(directory)
-    if loaded.meta.get("task") != "classify":
-        raise ModelError(f"adapter {directory} is for task {loaded.meta.get('task')!r}, not 'classify'.")
-    base = training.load_base(loaded.meta["base"]["name"])
-    sites, length = peft.sites(base.model), loaded.meta["max_length"]
-    variables = peft.realised(loaded.method, classification.attach(loaded, base, sites), sites)
+    base, variables, loaded = classification.classifier(directory)
+    length = loaded.meta["max_length"]
     each = jax.jit(lambda v, b: jax.nn.softmax(classify.logits(base.model, v, b))[:, -1])
 
     def probability(texts: Sequence[str]) -> np.ndarray:

@@ -13,7 +13,7 @@ from experiments.shared.training import Run
 from research.convert.load import Pretrained
 from research.data import text, tokenize
 from research.data.batches import Batches, eval_batches
-from research.errors import FlagError
+from research.errors import FlagError, ModelError
 from research.models.bert import BertConfig
 from research.nn.sites import EmbedNode
 from research.peft import adapter, registry, tree
@@ -88,6 +88,21 @@ def attach(loaded: adapter.Adapter, base: Pretrained, sites: Sites, force: bool 
     """The variables of base and adapter, with the head that a classifier must have."""
     shapes = head_shapes(base, len(loaded.meta["classes"])) if loaded.meta.get("task") == "classify" else None
     return adapter.attach(loaded, base.params, sites, base.fingerprint, force, shapes)
+
+
+def classifier(
+    directory: str, model: str | None = None, quantise: str | None = None, force: bool = False, **options: Any
+) -> tuple[Pretrained, Variables, adapter.Adapter]:
+    """The base that a classifier's adapter names (or `model`), the realised variables of both, and the adapter.
+
+    Raises ModelError where the adapter is none of a classifier, or of another base (unless `force`).
+    """
+    loaded = adapter.load(directory)
+    if loaded.meta.get("task") != "classify":
+        raise ModelError(f"adapter {directory} is for task {loaded.meta.get('task')!r}, not 'classify'.")
+    base = training.load_base(model or loaded.meta["base"]["name"], quantise, **options)
+    sites = peft.sites(base.model)
+    return base, peft.realised(loaded.method, attach(loaded, base, sites, force), sites), loaded
 
 
 def check(base: Pretrained, spec: str) -> PyTree:

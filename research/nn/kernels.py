@@ -4,8 +4,8 @@
     cudnn    cuDNN's flash attention, on a GPU, in half precision
     splash   Pallas' flash attention on a TPU; elsewhere interpreted, which is slow and for tests
 
-The last two never hold the scores [B, H, T, S]. Where a call is not for them (a gate, a bias, dropout, a cache, rows
-that a mesh does not share evenly), `fused` gives None and xla does it: the result is the same up to rounding.
+The last two never hold the scores [B, H, T, S]. What is not for them is done by xla, and is the same up to rounding: a
+gate, a bias, dropout or a cache (`Attention` looks for those), and rows that a mesh does not share evenly (`fused`).
 """
 
 import math
