@@ -62,7 +62,8 @@ def test_two_processes_end_where_one_does_and_the_first_alone_speaks(alone: Path
     first, second = script(CLASSIFY, tmp_path, 2)
     assert first[0] == second[0] == 0, first[2] + second[2]
     assert "test accuracy" in first[1] and "step 12/12" in first[2]
-    said = [line for line in (second[1] + second[2]).splitlines() if not line.startswith("[Gloo]")]
+    # Gloo's threads write a line and its end apart, so that two of theirs can share a line and leave an empty one.
+    said = [line for line in (second[1] + second[2]).splitlines() if line and not line.startswith("[Gloo]")]
     assert not [line for line in said if "JAX" not in line]
     assert {p.name for p in tmp_path.iterdir()} == {p.name for p in alone.iterdir()}
     same(alone, tmp_path)
