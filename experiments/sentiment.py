@@ -66,6 +66,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("max_new", 24, "Tokens of a continuation.", lower_bound=1)
     flags.DEFINE_integer("group", 4, "Continuations of a prompt, of the methods that compare them.", lower_bound=2)
     flags.DEFINE_float("kl_coef", 0.05, "Price of a nat of KL, of the methods on policy.", lower_bound=0.0)
+    flags.DEFINE_float("missing_eos", 1.0, "What a continuation loses that does not end, as it is learnt from.", lower_bound=0.0)
     flags.DEFINE_float("beta", 0.1, "Of DPO and KTO.", lower_bound=1e-6)
     flags.DEFINE_integer("pool", 512, "Prompts that DPO and KTO have samples of, --group each.", lower_bound=1)
     flags.DEFINE_integer("eval_prompts", 256, "Held-out prompts a policy is judged on.", lower_bound=2)
@@ -152,8 +153,8 @@ class Table:
     def settings(self, name: str) -> on_policy.Settings:
         more = {"group": self.values.group} | ON_POLICY.get(name, {})
         prompts = self.recipe.batch_size // more["group"]
-        return on_policy.Settings(name if name in ON_POLICY else "grpo", prompts=prompts, max_new=self.values.max_new,
-                                  kl_coef=self.values.kl_coef, **more)  # fmt: skip
+        same = common.flag_values("max_new", "kl_coef", "missing_eos")
+        return on_policy.Settings(name if name in ON_POLICY else "grpo", prompts=prompts, **same, **more)
 
     def learner(self, name: str, seed: int) -> on_policy.Learner:
         """A run that starts at the SFT policy."""
@@ -185,7 +186,7 @@ class Table:
             identity["settings"] = common.jsonable(settings)
             result = on_policy.train(learner, settings, self.recipe, where, identity, **options)
         else:
-            identity |= common.flag_values("beta", "pool")
+            identity |= common.flag_values("beta", "pool", "missing_eos")
             curve = ("loss", "eval/reward", "eval/positive", "eval/kl_sequence")
             options |= {"curve": curve, "evaluate": learner.evaluate}
             result = training.train(learner.run, learner.batch, self.recipe, where, identity, **options)
@@ -213,12 +214,15 @@ class Table:
         return np.where(np.isfinite(found), found, np.nanmin(found))
 
     def pool(self, seed: int) -> tuple[rollout.Sampled, np.ndarray]:
-        """`group` samples of the SFT policy for each of `pool` prompts, and their rewards [pool, group]."""
+        """`group` samples of the SFT policy for each of `pool` prompts, and their rewards [pool, group], less the price
+        of what does not end.
+        """
         values, own = self.values, {"params": self.base.params}
         order = np.random.Philox(key=seed).random_raw(len(self.learn.texts)).argsort()
         prompts = self.learn.take(np.repeat(order[: values.pool], values.group))
         sampled = self.sampled(prompts, own, own, jax.random.key(seed))
-        return sampled, self.scored(prompts.texts, self.texts(sampled)).reshape(-1, values.group)
+        score = self.scored(prompts.texts, self.texts(sampled)) - values.missing_eos * ~sampled.ended
+        return sampled, score.reshape(-1, values.group)
 
     def preferred(self, seed: int) -> dict[str, np.ndarray]:
         """The best and the worst of every group."""
