@@ -1,6 +1,7 @@
-"""Trains a class-conditional denoiser of images, and adapts a trained one to classes it has not seen, by any method.
+"""Trains a denoiser of images that is told classes or captions, and adapts a trained one by any method.
 
     python -m experiments.diffusion                                             # Fashion-MNIST; writes WORKDIR/model
+    python -m experiments.diffusion --data=emoji --condition=text --model=dit-mini64 --batch_size=64 --steps=3000
     python -m experiments.diffusion --classes=0-7 --workdir=runs/eight          # on eight of its ten classes
     python -m experiments.diffusion --base=runs/eight/model --peft=lora:rank=8,targets=all --classes=8,9 --images=50
     python -m experiments.diffusion --mode=table --base=runs/eight/model --classes=8,9 --images=50 --steps=500
@@ -18,26 +19,12 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments.shared import common, training
-from experiments.shared.denoising import (
-    PROCESSES,
-    Denoiser,
-    Sampling,
-    Setting,
-    choose,
-    drawer,
-    fresh,
-    generate,
-    in_turn,
-    load,
-    load_images,
-    of_classes,
-    sized,
-    to_float,
-)
+from experiments.shared import captions, common, training
+from experiments.shared.denoising import PROCESSES, Denoiser, Sampling, Setting, drawer, fresh, generate, load, sized
 from experiments.shared.diffusion_run import Recipe, Task, Watch, batches, distance_curve, save_adapter, start, train
 from experiments.shared.diffusion_table import DEFAULT, table
 from experiments.shared.dry_run import dry_run
+from experiments.shared.pictures import choose, in_turn, load_images, of_classes, to_float
 from research.data.images import Images
 from research.diffusion import samplers, weights
 from research.diffusion.parameterise import KINDS, parameterisation
@@ -46,11 +33,11 @@ from research.models import dit, unet
 from research.train.lock import lock
 
 SETTING = ("process", "shift", "predict", "label_dropout")  # flags that a base brings with it
-SHAPE = ("model", "patch", "width", "layers", "conditional")
+SHAPE = ("model", "patch", "width", "layers", "condition", "text_model")
 SMOKE = {
-    "data": "smoke", "model": "dit-tiny", "patch": 4, "width": 32, "layers": 2, "steps": 8, "batch_size": 16,
-    "eval_every": 4, "save_every": 4, "sample_steps": 3, "frechet": 16, "features": "pixels", "prior_images": 16,
-    "table_images": 16,
+    "data": "smoke", "model": "dit-tiny", "text_model": "smoke", "patch": 4, "width": 32, "layers": 2, "steps": 8,
+    "batch_size": 16, "eval_every": 4, "save_every": 4, "sample_steps": 3, "frechet": 16, "features": "pixels",
+    "prior_images": 16, "table_images": 16,
 }  # fmt: skip
 
 
@@ -66,7 +53,8 @@ def define_flags() -> None:
     flags.DEFINE_integer("patch", None, "Side of a DiT's patches. Default: the preset's.", lower_bound=1)
     flags.DEFINE_integer("width", None, "Width of the model. Default: the preset's.", lower_bound=4)
     flags.DEFINE_integer("layers", None, "Layers of a DiT. Default: the preset's.", lower_bound=1)
-    flags.DEFINE_bool("conditional", True, "Whether the model is told the class.")
+    flags.DEFINE_enum("condition", "class", ["class", "text", "none"], "What the model is told of an image.")
+    flags.DEFINE_string("text_model", "minilm-l6", "With --condition=text: what makes vectors of captions.")
     flags.DEFINE_string("base", None, "Directory of a trained denoiser to adapt, such as runs/diffusion/model.")
     flags.DEFINE_string("peft", None, "Method specification. Default: full, and lora:rank=8,targets=all with --base.")
     flags.DEFINE_float("prior", 1.0, "Weight of the base's own samples beside new classes; 0 for none.", lower_bound=0)
@@ -74,7 +62,7 @@ def define_flags() -> None:
     flags.DEFINE_enum("process", "flow", PROCESSES, "How noise is added.")
     flags.DEFINE_float("shift", 1.0, "Of flow: above 1, more of the times are noisy.")
     flags.DEFINE_enum("predict", "flow", KINDS, "What the network predicts.")
-    flags.DEFINE_float("label_dropout", 0.1, "Share of images shown without their class.", lower_bound=0, upper_bound=1)
+    flags.DEFINE_float("label_dropout", 0.1, "Share of images it is told nothing of.", lower_bound=0, upper_bound=1)
     flags.DEFINE_enum("weight", "uniform", weights.WEIGHTS, "Weight of the loss over time.")
     flags.DEFINE_float("gamma", 5.0, "Bound of min_snr.", lower_bound=0)
     flags.DEFINE_enum("times", "logit_normal", weights.TIMES, "How times are drawn.")
@@ -185,7 +173,8 @@ def prepare(values: Any) -> Task:
     if new and values.prior and not values.dry_run:
         print(f"drawing {values.prior_images} images of the base's own classes ...", flush=True)
         labels = in_turn(base.setting.trained, values.prior_images)
-        drawn = generate(drawer(base, sampling(values)), {"params": base.params}, labels, seed=values.seed)
+        told = {"labels": labels}
+        drawn = generate(drawer(base, sampling(values)), {"params": base.params}, told, len(labels), values.seed)
         prior = Images(drawn, labels, data.classes, tuple(data.classes[label] for label in labels))
     options = common.flag_values("weight", "gamma", "times", "low_discrepancy")
     return Task(base, own, held, classes, new, prior, values.prior, options)
@@ -197,9 +186,12 @@ def untrained(values: Any, data: Images, own: Images, classes: tuple[int, ...]) 
     if values.model not in presets:
         raise FlagError(f"--model: no denoiser is called {values.model!r}.{did_you_mean(values.model, presets)}")
     shape = {name: values[name].value for name in ("patch", "width", "layers")}
-    config = sized(presets[values.model], data, values.conditional, **shape)
+    reads = captions.encoder(values.text_model).base if values.condition == "text" else None
+    count = len(data.classes) if values.condition == "class" else 0
+    config = sized(presets[values.model], data, count, reads.config.hidden_size if reads else 0, **shape)
     spread = round(float(np.std(to_float(own.images))), 4)
-    setting = Setting(**common.flag_values(*SETTING), sigma_data=spread, classes=data.classes, trained=classes)
+    setting = Setting(**common.flag_values(*SETTING), sigma_data=spread, classes=data.classes, trained=classes,
+                      encoder=(values.text_model, reads.fingerprint) if reads else ())  # fmt: skip
     parameterisation(setting.predict, setting.make_process())  # whether the two go together
     return fresh(values.model, config, setting, values.seed)
 

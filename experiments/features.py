@@ -20,8 +20,8 @@ import numpy as np
 from absl import flags
 
 from experiments.shared import common, own_model, training
-from experiments.shared.denoising import choose, evenly, load_images, of_classes, to_float
 from experiments.shared.dry_run import dry_run
+from experiments.shared.pictures import choose, evenly, load_images, of_classes, to_float
 from research.convert.fingerprint import fingerprint
 from research.data.batches import Batches, eval_batches
 from research.data.images import FASHION, Images

@@ -2,11 +2,12 @@
 
     python -m experiments.sample_images --model=runs/diffusion/model --guidance=2      # a PNG of every class
     python -m experiments.sample_images --adapter=runs/adapted/adapter --classes=8,9   # the base is the adapter's own
+    python -m experiments.sample_images --model=runs/emoji/model --prompt="a red apple" --prompt="a happy cat"
     python -m experiments.sample_images --model=runs/diffusion/model --frechet --count=10000 --sample_steps=18
 
 Differs from `diffusion`, which trains and looks at samples on the way: nothing is trained here. Image n is a function
-of the seed, n and its class alone, so that two models, or two samplers, can be compared image by image. `--frechet`
-prints the distance to as many real test images beside those of the ladder: real, noisy and class-wise Gaussian images.
+of the seed, n and what is told of it alone, so that two models, or two samplers, can be compared image by image.
+`--frechet` prints the distance to as many real test images beside the ladder: real, noisy and class-wise Gaussian ones.
 """
 
 from pathlib import Path
@@ -17,20 +18,8 @@ from tabulate import tabulate
 
 from experiments.features import ladder, network, score
 from experiments.shared import common
-from experiments.shared.denoising import (
-    Denoiser,
-    Sampling,
-    attach,
-    choose,
-    drawer,
-    evenly,
-    generate,
-    in_turn,
-    load,
-    load_images,
-    of_classes,
-    sheet,
-)
+from experiments.shared.denoising import Denoiser, Sampling, attach, drawer, generate, load
+from experiments.shared.pictures import choose, evenly, in_turn, load_images, of_classes, sheet
 from research.diffusion import samplers
 from research.errors import DataError, FlagError
 from research.files import write_bytes
@@ -43,6 +32,7 @@ def define_flags() -> None:
     flags.DEFINE_string("adapter", None, "Directory of an adapter, such as runs/diffusion/adapter.")
     flags.DEFINE_bool("force", False, "Load an adapter although it was trained on another base.")
     flags.DEFINE_string("classes", None, "Numbers, ranges or names, which take turns. Default: all that were learnt.")
+    flags.DEFINE_multi_string("prompt", [], "A caption to draw, of a model that is told captions: a row of the PNG.")
     flags.DEFINE_integer("count", 80, "Images.", lower_bound=1)
     flags.DEFINE_enum("sampler", "heun", sorted(samplers.SAMPLERS), "How images are drawn.")
     flags.DEFINE_integer("sample_steps", 18, "Its steps; heun calls the model twice in each.", lower_bound=1)
@@ -61,6 +51,10 @@ def main() -> None:
     values = flags.FLAGS
     base, variables, method, new, learnt = restore(values)
     names = base.setting.classes
+    if values.prompt and not base.config.text_features:
+        raise FlagError(f"--prompt is for a model that is told captions, which {base.name} is not: leave it away.")
+    if base.config.text_features and bool(values.prompt) == values.frechet:
+        raise FlagError(f"{base.name} draws captions: give --prompt='a red apple', or --frechet for those of --data.")
     classes = learnt if values.classes is None else choose(values.classes, names)
     if unknown := [c for c in classes if c not in learnt]:
         known = ", ".join(f"{c} {names[c]}" for c in learnt)
@@ -68,8 +62,7 @@ def main() -> None:
     sampling = Sampling(
         values.sampler, values.sample_steps, values.guidance, *interval(values.interval), rescale=values.rescale
     )
-    draw = drawer(base, sampling, method, new)
-    labels, output = in_turn(classes, values.count), Path(values.output).expanduser()
+    draw, output = drawer(base, sampling, method, new), Path(values.output).expanduser()
     rows: list[dict[str, Any]] = []
     if values.frechet:
         channels = base.config.channels
@@ -83,15 +76,25 @@ def main() -> None:
                 f"{values.count} samples and {len(test.labels)} real ones: give --count={len(test.labels)} at most."
             )
         real = evenly(test, values.count)
-        net, labels = network(values.features, real), real.labels
+        net = network(values.features, real)
         rows = ladder(net, of_classes(train, classes), real)
-    images = generate(draw, variables, labels, values.seed)
     columns = 20 if len(classes) == 1 else len(classes)
-    write_bytes(output, sheet(images[: max(1, 400 // columns) * columns], min(columns, len(images))))
+    captions: list[str] = []
+    if values.frechet:
+        count, told = len(real.labels), base.told(real)
+    elif base.config.text_features:
+        columns, told, captions = asked(base, values.prompt, values.count)
+        count = len(told["text"])
+    else:
+        count, labels = values.count, in_turn(classes, values.count)
+        told = {"labels": labels} if base.config.num_classes else {}
+    images = generate(draw, variables, told, count, values.seed)
+    page = images[: max(1, 400 // columns) * columns]
+    write_bytes(output, sheet(page, min(columns, count), captions[: -(-len(page) // columns)]))
     if values.frechet:
         target, _ = net.measure(real.images, real.labels)
-        rows.append(score(net, "samples", images, labels, target))
-        print(f"Frechet distance to N={len(labels)} real test images, features {net.name}:\n")
+        rows.append(score(net, "samples", images, real.labels, target))
+        print(f"Frechet distance to N={count} real test images, features {net.name}:\n")
         cells = [[r["images"], f"{r['frechet']:.4g}", "-" if r["consistency"] is None else f"{r['consistency']:.3f}"]
                  for r in rows]  # fmt: skip
         print(
@@ -99,7 +102,16 @@ def main() -> None:
         )
         about = {"features": net.name, "sampling": common.jsonable(sampling), "seed": values.seed, "rows": rows}
         common.write_json(output.with_suffix(".json"), about)
-    print(f"{len(images)} images of {', '.join(names[c] for c in classes)}: {output}")
+    print(f"{count} images of {', '.join(values.prompt or [names[c] for c in classes])}: {output}")
+
+
+def asked(base: Denoiser, prompts: list[str], count: int) -> tuple[int, dict[str, Any], list[str]]:
+    """(columns of the PNG, what is told of about `count` images, the captions of its rows)."""
+    each = max(1, count // len(prompts))
+    columns = min(each, 20)
+    each -= each % columns
+    rows = [row for prompt in prompts for row in (prompt, *[""] * (each // columns - 1))]
+    return columns, {"text": base.read(prompts).repeat(each, axis=0)}, rows
 
 
 def restore(values: Any) -> tuple[Denoiser, dict, Any, tuple[int, ...], tuple[int, ...]]:

@@ -66,7 +66,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("max_new", 24, "Tokens of a continuation.", lower_bound=1)
     flags.DEFINE_integer("group", 4, "Continuations of a prompt, of the methods that compare them.", lower_bound=2)
     flags.DEFINE_float("kl_coef", 0.05, "Price of a nat of KL, of the methods on policy.", lower_bound=0.0)
-    flags.DEFINE_float("missing_eos", 1.0, "What a continuation loses that does not end, as it is learnt from.", lower_bound=0.0)
+    flags.DEFINE_float("missing_eos", 1.0, "What a continuation without an end is worth less.", lower_bound=0.0)
     flags.DEFINE_float("beta", 0.1, "Of DPO and KTO.", lower_bound=1e-6)
     flags.DEFINE_integer("pool", 512, "Prompts that DPO and KTO have samples of, --group each.", lower_bound=1)
     flags.DEFINE_integer("eval_prompts", 256, "Held-out prompts a policy is judged on.", lower_bound=2)

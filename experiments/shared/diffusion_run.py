@@ -13,18 +13,8 @@ import optax
 
 from experiments.features import network, score
 from experiments.shared import common, training
-from experiments.shared.denoising import (
-    Denoiser,
-    Sampling,
-    drawer,
-    evenly,
-    generate,
-    in_turn,
-    new_rows,
-    sheet,
-    to_float,
-    with_rows,
-)
+from experiments.shared.denoising import Denoiser, Sampling, drawer, generate, new_rows, with_rows
+from experiments.shared.pictures import evenly, in_turn, sheet, to_float
 from experiments.shared.training import Batch, Run
 from research.data.batches import Batches, eval_batches
 from research.data.images import Images
@@ -73,36 +63,28 @@ class Task(NamedTuple):
     options: dict[str, Any]
 
 
-class _Unconditional(NamedTuple):
-    """A model without classes, as the loss calls one."""
-
-    model: Any
-
-    def apply(self, variables: Any, x: jax.Array, t: jax.Array, _: jax.Array, rngs: Any = None) -> jax.Array:
-        return self.model.apply(variables, x, t, rngs=rngs)
-
-
 def loss(task: Task) -> Callable:
     """The denoising loss, with the rows of new classes in their places."""
-    base, setting, count = task.base, task.base.setting, task.base.config.num_classes
-    model = base.model if count else _Unconditional(base.model)
+    base, setting = task.base, task.base.setting
     inner = diffusion.loss(
-        model, setting.make_process(), setting.predict, classes=count, sigma_data=setting.sigma_data,
-        label_dropout=setting.label_dropout if count else 0.0, **task.options,
+        base.model, setting.make_process(), setting.predict, classes=base.config.num_classes,
+        label_dropout=setting.label_dropout, sigma_data=setting.sigma_data, **task.options,
     )  # fmt: skip
     return lambda variables, batch, rng: inner(with_rows(variables, task.new), batch, rng)
 
 
 def batches(task: Task, recipe: Recipe, seed: int) -> Batch:
-    """step -> {"images" fp32 [M, B/M, H, W, C], "labels", "weight"}: half of a batch is prior images, if there are any.
+    """step -> {"images" fp32 [M, B/M, H, W, C], "weight"} and what the model is told of them: half of a batch is prior
+    images, if there are any.
 
     Raises FlagError where the batch can't be divided so.
     """
 
     def rows(data: Images, count: int) -> Batches:
         again = -(-count // len(data.labels))  # five images fill a batch too
-        arrays = {"images": np.tile(data.images, (again, 1, 1, 1)), "labels": np.tile(data.labels, again)}
-        return Batches(arrays, count, seed, recipe.micro_batches)
+        arrays = {"images": data.images} | task.base.told(data)
+        repeated = {name: np.tile(leaf, (again, *[1] * (leaf.ndim - 1))) for name, leaf in arrays.items()}
+        return Batches(repeated, count, seed, recipe.micro_batches)
 
     def floats(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return batch | {"images": to_float(batch["images"])}
@@ -118,7 +100,7 @@ def batches(task: Task, recipe: Recipe, seed: int) -> Batch:
     def mixed(step: int) -> dict[str, np.ndarray]:
         first, second = own.batch(step), prior.batch(step)
         both = {name: np.concatenate([first[name], second[name]], axis=1) for name in first}
-        is_prior = np.arange(both["labels"].shape[1]) >= first["labels"].shape[1]
+        is_prior = np.arange(both["images"].shape[1]) >= first["images"].shape[1]
         both["weight"] = np.tile(diffusion.prior_weights(is_prior, task.share), (recipe.micro_batches, 1))
         return floats(both)
 
@@ -148,7 +130,8 @@ def identity(task: Task, spec: str, recipe: Recipe, seed: int) -> dict[str, Any]
 
 
 def _digest(data: Images) -> str:
-    return hashlib.sha256(data.images.tobytes() + data.labels.tobytes()).hexdigest()
+    about = "\n".join(data.captions).encode()
+    return hashlib.sha256(data.images.tobytes() + data.labels.tobytes() + about).hexdigest()
 
 
 class Watch:
@@ -161,8 +144,9 @@ class Watch:
     def __init__(self, task: Task, run: Run, recipe: Recipe, sampling: Sampling, workdir: Path, count: int, net: str):
         self.task, self.run, self.recipe, self.workdir = task, run, recipe, workdir
         held = evenly(task.test, HELD_OUT)
-        self.held = {"images": to_float(held.images), "labels": held.labels}
+        self.held = {"images": to_float(held.images)} | task.base.told(held)
         self.draw = drawer(task.base, sampling, run.method, task.new)
+        self.shown = self.looked_at()
         self.real = evenly(task.test, count) if count else None
         if count:
             self.net = network(net, task.train)
@@ -171,17 +155,26 @@ class Watch:
         before = [row["eval/minutes"] for row in rows if "eval/minutes" in row]
         self.began = time.perf_counter() - 60 * max(before, default=0.0)  # the clock of a resumed run goes on
 
+    def looked_at(self) -> dict[str, np.ndarray]:
+        """What is told of the images of the grid, PER_CLASS of each class: captions are those of test images."""
+        task, count = self.task, PER_CLASS * len(self.task.classes)
+        if task.base.config.text_features:
+            some = evenly(task.test, count)
+            return task.base.told(some.take(np.arange(count) % len(some.labels)))
+        return {"labels": in_turn(task.classes, count)} if task.base.config.num_classes else {}
+
     def __call__(self, state: states.TrainState, stop: Callable[[], bool] | None = None) -> dict[str, Any] | None:
         averaged = average.read(state, self.recipe.ema)
         means = self.run.evaluate(averaged, self.run.frozen, eval_batches(self.held, 128), stop)
         if means is None or (stop and stop()):
             return None
         variables = averaged.variables(self.run.frozen)
-        labels = in_turn(self.task.classes, PER_CLASS * len(self.task.classes))
-        page = sheet(generate(self.draw, variables, labels), len(self.task.classes))
+        count = PER_CLASS * len(self.task.classes)
+        page = sheet(generate(self.draw, variables, self.shown, count), len(self.task.classes))
         write_bytes(self.workdir / "samples" / f"step{int(state.step):06d}.png", page)
         if self.real is not None:
-            images = generate(self.draw, variables, self.real.labels, seed=1, batch=len(labels))
+            told, number = self.task.base.told(self.real), len(self.real.labels)
+            images = generate(self.draw, variables, told, number, seed=1, batch=count)
             found = score(self.net, "samples", images, self.real.labels, self.target)
             means |= {k: found[k] for k in ("frechet", "consistency") if found[k] is not None}
         return means | {"minutes": (time.perf_counter() - self.began) / 60}

@@ -11,8 +11,9 @@ import numpy as np
 
 from experiments.features import Network, network, score
 from experiments.shared import common, entries, training
-from experiments.shared.denoising import Draw, Sampling, drawer, evenly, generate, of_classes, sheet
+from experiments.shared.denoising import Draw, Sampling, drawer, generate
 from experiments.shared.diffusion_run import Recipe, Task, Watch, identity, save_adapter, start, train
+from experiments.shared.pictures import evenly, of_classes, sheet
 from research.data.images import Images
 from research.diffusion.frechet import Moments
 from research.errors import FlagError
@@ -73,6 +74,8 @@ def table(
 ) -> None:
     """Trains a row after the other, or goes on; writes table.md, table.csv and sheet.png. Finished rows are kept."""
     workdir, old = Path(values.workdir).expanduser(), task.base.setting.trained
+    if not task.base.config.num_classes:
+        raise FlagError(f"--mode=table teaches classes, and {task.base.name} is told none: give --peft for one run.")
     if not task.new:
         raise FlagError("--classes names no class that the base has not seen: there is nothing to adapt to.")
     rows = parse(values.methods)
@@ -88,7 +91,7 @@ def table(
     run = start(task, "linear_probe", recipe, values.seed)
     variables, draw = run.state.variables(run.frozen), drawer(task.base, sampling, run.method, task.new)
     results = [{"method": "base", "trainable": 0} | measured(draw, variables, measure)]
-    names, strips = [*names, "base"], [*strips, generate(draw, variables, shown, seed=2, batch=BATCH)]
+    names, strips = [*names, "base"], [*strips, samples(draw, variables, shown)]
     for name, entry in rows:
         row, strip = one(name, entry, task, recipe, sampling, values, measure, shown, mesh)
         results.append(row)
@@ -129,7 +132,7 @@ def one(
         loaded = adapters.load(where / "adapter")
         shapes = jax.eval_shape(lambda: run.state.variables(run.frozen)["head"])
         variables = adapters.attach(loaded, task.base.params, run.sites, task.base.fingerprint, False, shapes)
-        return found["row"], generate(draw, variables, shown, seed=2, batch=BATCH)
+        return found["row"], samples(draw, variables, shown)
     print(training.summary(task.base, entry.spec, run), flush=True)
     trainable = training.counts(run)[0]
     watch = Watch(task, run, recipe, sampling, where, 0, values.features)
@@ -141,14 +144,19 @@ def one(
     row = {"method": name, "trainable": trainable, "rate": entry.rate, "seconds": result.seconds}
     row |= {"kilobytes": size / 1000} | measured(draw, variables, measure)
     common.write_json(where / "result.json", {"identity": who, "row": row})
-    return row, generate(draw, variables, shown, seed=2, batch=BATCH)
+    return row, samples(draw, variables, shown)
+
+
+def samples(draw: Draw, variables: Variables, labels: np.ndarray, seed: int = 2) -> np.ndarray:
+    """An image of each label."""
+    return generate(draw, variables, {"labels": labels.astype(np.int32)}, len(labels), seed, BATCH)
 
 
 def measured(draw: Draw, variables: Variables, measure: Measure) -> dict[str, Any]:
     """Distances and consistencies of new and of old classes."""
     found: dict[str, Any] = {}
     for name, real, target in zip(("new", "old"), (measure.new, measure.old), measure.targets, strict=True):
-        images = generate(draw, variables, real.labels, seed=1, batch=BATCH)
+        images = samples(draw, variables, real.labels, seed=1)
         row = score(measure.net, name, images, real.labels, target)
         found |= {name: row["frechet"], f"{name}_consistency": row["consistency"]}
     return found

@@ -24,8 +24,8 @@ Denoiser = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """`scale` w; `null`: the label of the unconditional model, which is the number of classes; `interval`: the times
-    of the process where it acts; `rescale` phi in [0, 1].
+    """`scale` w; `null`: what the unconditional model is told, which is the number of classes, or 0 of texts;
+    `interval`: the times of the process where it acts; `rescale` phi in [0, 1].
     """
 
     scale: float
@@ -46,23 +46,24 @@ def denoiser(
     network: Network,
     process: Process,
     kind: str,
-    labels: jax.Array | None = None,
+    told: jax.Array | None = None,
     guidance: Guidance | None = None,
     sigma_data: float = 0.5,
 ) -> Denoiser:
-    """Binds labels int [B] and guidance to `network(x [B, ...], t [B], labels [B]) -> [B, ...]`.
+    """Binds guidance and what the network is told, labels int [B] or texts [B, E], to `network(x [B, ...], t [B], told)
+    -> [B, ...]`.
 
-    The denoiser takes a scalar time. Raises FlagError: guidance without labels; what `parameterisation` refuses.
+    The denoiser takes a scalar time. Raises FlagError: guidance of nothing; what `parameterisation` refuses.
     """
-    if guidance and labels is None:
-        raise FlagError("guidance needs a model with labels: this one is unconditional")
+    if guidance and told is None:
+        raise FlagError("guidance needs a model with labels or texts: this one is unconditional")
     p = parameterisation(kind, process, sigma_data)
 
     def plain(x: jax.Array, t: jax.Array) -> jax.Array:
-        return network(x, jnp.full(len(x), t, jnp.float32), labels)
+        return network(x, jnp.full(len(x), t, jnp.float32), told)
 
     def guided(x: jax.Array, t: jax.Array) -> jax.Array:
-        both = jnp.concatenate([labels, jnp.full_like(labels, guidance.null)])
+        both = jnp.concatenate([told, jnp.full_like(told, guidance.null)])
         out = network(jnp.concatenate([x, x]), jnp.full(2 * len(x), t, jnp.float32), both)
         c, u = jnp.split(out, 2)
         out = u + guidance.scale * (c - u)

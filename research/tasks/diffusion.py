@@ -2,9 +2,10 @@
 
     x_t = alpha x0 + sigma eps,   loss = w(t) mean over the image of |target - network(x_t, t, label)|^2
 
-Training draws t and eps, and replaces labels by the null label for classifier-free guidance (2207.12598). Evaluation
-(no rng) takes fixed times and noise for each row and drops no label: its loss can be compared between steps, where the
-training loss is mostly noise.
+The network is told what the batch has: labels, texts as vectors, or nothing. Training draws t and eps, and tells some
+rows nothing, by the null label or a vector of zeros, for classifier-free guidance (2207.12598). Evaluation (no rng)
+takes fixed times and noise for each row and tells all: its loss can be compared between steps, where the training loss
+is mostly noise.
 
 Prior preservation (DreamBooth, 2208.12242 eq. 2) is `mean over instances + lambda mean over prior images`: it needs
 nothing but weights of the rows, which `prior_weights` gives.
@@ -39,14 +40,15 @@ def loss(
     label_dropout: float = 0.1,
     sigma_data: float = 0.5,
 ) -> Callable[[dict, dict, jax.Array | None], Loss]:
-    """batch: images float [B, H, W, C] in [-1, 1], labels int [B], weight [B] (0 for a row that only pads the batch).
+    """batch: images float [B, H, W, C] in [-1, 1], weight [B] (0 for a row that only pads the batch); labels int [B] or
+    text float [B, E] where the model is told one of them.
 
     Args:
         kind: what the network predicts, `parameterise.KINDS`.
-        classes: the number of labels, and the null label.
+        classes: the number of labels, and the null label; 0 for a model without.
         weight, gamma: `weights.WEIGHTS`, and min-SNR's bound.
         times, low_discrepancy: `weights.TIMES`, and whether the times of a batch are spread evenly.
-        label_dropout: probability of the null label in training.
+        label_dropout: probability that a row is told nothing in training.
         sigma_data: standard deviation of the data, for kind and weight edm.
 
     The metric `mse` is the loss without w(t). Raises FlagError: an unknown name, a probability outside [0, 1], a kind
@@ -59,7 +61,8 @@ def loss(
     quantile = weights.quantile(times, process)
 
     def fn(variables: dict, batch: dict, rng: jax.Array | None) -> Loss:
-        x0, labels = batch["images"].astype(jnp.float32), batch["labels"]
+        x0 = batch["images"].astype(jnp.float32)
+        told = {name: batch[name] for name in ("labels", "text") if name in batch}
         noise_rng, time_rng, label_rng, model_rng = (
             (jax.random.key(EVALUATION), None, None, None) if rng is None else jax.random.split(rng, 4)
         )
@@ -68,14 +71,15 @@ def loss(
         keys = jax.vmap(lambda i: jax.random.fold_in(noise_rng, i))(jnp.arange(len(x0)))
         eps = jax.vmap(lambda k: jax.random.normal(k, x0.shape[1:]))(keys)
         if label_rng is not None and label_dropout:
-            labels = jnp.where(jax.random.bernoulli(label_rng, label_dropout, labels.shape), classes, labels)
+            gone, null = jax.random.bernoulli(label_rng, label_dropout, x0.shape[:1]), {"labels": classes, "text": 0}
+            told = {name: jnp.where(wide(gone, leaf), null[name], leaf) for name, leaf in told.items()}
 
         a, s = wide(process.alpha(t), x0), wide(process.sigma(t), x0)
         x = p.scale(a, s) * process.noised(x0, eps, t)
         rngs = {} if model_rng is None else {"dropout": model_rng}
-        out = model.apply(model_variables(variables), x, process.condition(t), labels, rngs=rngs)
+        out = model.apply(model_variables(variables), x, process.condition(t), **told, rngs=rngs)
         error = jnp.mean((out.astype(jnp.float32) - p.target(x0, eps, a, s)) ** 2, axis=tuple(range(1, x0.ndim)))
-        rows = batch.get("weight", jnp.ones(labels.shape)).astype(jnp.float32)
+        rows = batch.get("weight", jnp.ones(x0.shape[:1])).astype(jnp.float32)
         total = jnp.sum(rows)
         return Loss(jnp.sum(weigh(t) * error * rows), total, {"mse": (jnp.sum(error * rows), total)})
 

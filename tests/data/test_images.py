@@ -125,3 +125,8 @@ def test_packaged_sets():
     train, test = images.load("mnist-5k")
     assert (np.bincount(train.labels) == 400).all() and (np.bincount(test.labels) == 100).all()
     assert train.images.dtype == np.uint8 and train.images.max() == 255
+    train, test = images.load("emoji")
+    assert train.images.shape == (1101, 64, 64, 3) and test.images.shape == (276, 64, 64, 3)
+    assert len(train.classes) == 9 and len({*train.captions, *test.captions}) == 1377
+    heart = train.images[train.captions.index("red heart")]
+    assert (heart[0, 0] == 255).all() and heart[32, 32, 0] > 180 > 100 > heart[32, 32, 1]

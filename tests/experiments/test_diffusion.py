@@ -11,8 +11,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from experiments import features
-from experiments.shared import denoising, diffusion_run, own_model
-from experiments.shared.denoising import Sampling, Setting, choose, drawer, evenly, generate, in_turn
+from experiments.shared import captions, denoising, diffusion_run, own_model, pictures
+from experiments.shared.denoising import Sampling, Setting, drawer, generate
+from experiments.shared.pictures import choose, evenly, in_turn
+from research.data.images import Images
 from research.diffusion import frechet
 from research.errors import DataError, FlagError, ModelError
 from research.models import unet
@@ -41,20 +43,20 @@ def test_classes_are_chosen_by_number_range_and_name():
 
 
 def test_even_rows_take_turns_and_a_class_without_images_is_named():
-    data = denoising.stripes(16, 0)
+    data = pictures.stripes(16, 0)
     assert list(evenly(data.take(np.arange(15)[::-1]), 6).labels) == [0, 1, 2, 3, 0, 1]
     assert list(in_turn((1, 3), 5)) == [1, 3, 1, 3, 1]
     some = data.take(np.flatnonzero(data.labels != 2))
     with pytest.raises(DataError, match="class 'square' has no images"):
-        denoising.of_classes(some, (1, 2))
+        pictures.of_classes(some, (1, 2))
 
 
 def test_gaussians_have_the_moments_of_each_class():
     rng = np.random.default_rng(0)
-    data = denoising.stripes(4, 0)
+    data = pictures.stripes(4, 0)
     images = np.clip(rng.normal(120, 20, (2000, 2, 2, 1)), 0, 255).round().astype(np.uint8)
     images[1000:, 0] = images[1000:, 1]  # the second class has equal rows
-    data = denoising.Images(images, np.repeat([0, 1], 1000).astype(np.int32), data.classes, ("",) * 2000)
+    data = Images(images, np.repeat([0, 1], 1000).astype(np.int32), data.classes, ("",) * 2000)
     drawn = features.gaussians(data, np.repeat([1, 0], 3000)).astype(float)
     np.testing.assert_allclose(drawn.mean((0, 3)), images.mean((0, 3)), atol=1)
     np.testing.assert_allclose(drawn[:3000, 0], drawn[:3000, 1], atol=1.01)
@@ -63,7 +65,7 @@ def test_gaussians_have_the_moments_of_each_class():
 
 def test_pixel_features_and_the_refusal_of_unequal_numbers():
     images = np.random.default_rng(0).integers(0, 256, (6, 28, 28, 1)).astype(np.uint8)
-    net = features.network("auto", denoising.Images(images, np.zeros(6, np.int32), ("a",), ("",) * 6))
+    net = features.network("auto", Images(images, np.zeros(6, np.int32), ("a",), ("",) * 6))
     read, classes = net.read(images)
     assert read.shape == (6, 49) and classes is None
     np.testing.assert_allclose(read[3, 8], images[3, 4:8, 4:8].mean() / 255)
@@ -76,7 +78,7 @@ def test_pixel_features_and_the_refusal_of_unequal_numbers():
 @pytest.fixture(scope="module")
 def base() -> denoising.Denoiser:
     """A random one, none of whose leaves is zero."""
-    setting = Setting("flow", 1.0, "flow", 0.1, 0.5, denoising.SMOKE_CLASSES, (0, 1, 2))
+    setting = Setting("flow", 1.0, "flow", 0.1, 0.5, pictures.SMOKE_CLASSES, (0, 1, 2))
     config = DitConfig(8, 1, 4, 16, 1, 1, 64, 4, 0, False)
     model, rng = own_model.module(config), np.random.default_rng(0)
     draw = lambda x: jax.numpy.asarray(0.2 * rng.normal(size=x.shape), x.dtype)  # noqa: E731
@@ -96,25 +98,25 @@ def test_the_rows_of_new_classes_stand_in_the_table_and_nowhere_else(base: denoi
 @slow
 def test_an_image_is_the_same_in_any_batch(base: denoising.Denoiser):
     draw = drawer(base, Sampling("ddpm", 3, 2.0))
-    labels = in_turn((0, 1, 2), 19)
-    whole = generate(draw, {"params": base.params}, labels, batch=24)
-    parts = generate(draw, {"params": base.params}, labels, batch=8)
+    told = {"labels": in_turn((0, 1, 2), 19)}
+    whole = generate(draw, {"params": base.params}, told, 19, batch=24)
+    parts = generate(draw, {"params": base.params}, told, 19, batch=8)
     assert whole.shape == (19, 8, 8, 1) and whole.dtype == np.uint8 and len(np.unique(whole, axis=0)) == 19
     assert np.abs(whole.astype(int) - parts).max() <= 1  # a rounding of fp32 may go either way
 
 
 def test_guidance_is_refused_where_there_is_nothing_to_guide(base: denoising.Denoiser):
     never = dataclasses.replace(base, setting=dataclasses.replace(base.setting, label_dropout=0.0))
-    with pytest.raises(FlagError, match="--guidance=2 needs a model that also learnt images without their class"):
+    with pytest.raises(FlagError, match="needs a model that also learnt images of which it was told nothing"):
         drawer(never, Sampling(guidance=2.0))
     config = dataclasses.replace(base.config, num_classes=0)
     blind = dataclasses.replace(base, config=config, model=own_model.module(config))
-    with pytest.raises(FlagError, match="needs a model with classes: this one is unconditional"):
+    with pytest.raises(FlagError, match="needs a model with classes or captions: this one is unconditional"):
         drawer(blind, Sampling(guidance=2.0))
 
 
 def test_a_batch_is_half_prior_images_each_with_its_own_mean(base: denoising.Denoiser):
-    data, prior = denoising.stripes(4, 0), denoising.stripes(40, 1)
+    data, prior = pictures.stripes(4, 0), pictures.stripes(40, 1)
     few = data.take(np.flatnonzero(data.labels == 3))
     task = diffusion_run.Task(base, few, few, (3,), (3,), prior, 0.5, {})
     recipe = diffusion_run.Recipe(1e-3, batch_size=12, micro_batches=2)
@@ -227,7 +229,7 @@ def test_a_feature_network_is_trained_saved_and_named_by_its_weights(tmp_path: P
     outcome = run("features", "--data=smoke", "--width=4", "--dimensions=8", "--steps=60", "--batch_size=32",
                   "--learning_rate=3e-2", f"--workdir={tmp_path}")  # fmt: skip
     assert outcome.status == 0, outcome.err
-    test = denoising.load_images("smoke")[1]
+    test = pictures.load_images("smoke")[1]
     net = features.network(str(tmp_path / "model"), test)
     assert net.name in outcome.out and net.name.startswith("features-")
     moments, right = net.measure(test.images, test.labels)
@@ -256,18 +258,60 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(trained: Path, tmp
 
 
 @slow
-def test_a_model_without_classes_has_a_loss_of_images_alone():
-    data = denoising.stripes(8, 0)
+def test_a_model_that_is_told_nothing_learns_and_draws():
+    data = pictures.stripes(8, 0)
     setting = Setting("cosine", 1.0, "v", 0.1, 0.5, data.classes, (0, 1, 2, 3))
-    config = denoising.sized(unet.PRESETS["unet-tiny"], data, conditional=False, width=8)
+    config = denoising.sized(unet.PRESETS["unet-tiny"], data, 0, 0, width=8)
     model = own_model.module(config)
-    params = peft.base(model)[0]
-    task = diffusion_run.Task(
-        denoising.Denoiser("blind", config, model, params, setting, ""), data, data, (0,), (), None, 0.0, {}
-    )
-    batch = {"images": denoising.to_float(data.images), "labels": data.labels, "weight": np.ones(8, np.float32)}
-    found = jax.eval_shape(diffusion_run.loss(task), {"params": params}, batch, jax.random.key(0))
+    base = denoising.Denoiser("blind", config, model, peft.base(model)[0], setting, "")
+    task = diffusion_run.Task(base, data, data, (0,), (), None, 0.0, {})
+    batch = diffusion_run.batches(task, diffusion_run.Recipe(1e-3, batch_size=8), 0)(0)
+    assert set(batch) == {"images", "weight"}
+    one = {name: leaf[0] for name, leaf in batch.items()}
+    found = jax.eval_shape(diffusion_run.loss(task), {"params": base.params}, one, jax.random.key(0))
     assert found.sum.shape == () and config.num_classes == 0
+    drawn = jax.eval_shape(drawer(base, Sampling()), {"params": base.params}, {}, np.arange(3), jax.random.key(0))
+    assert drawn.shape == (3, 8, 8, 1)
+
+
+def test_a_caption_is_the_same_vector_beside_any_others():
+    texts = ["a good film", "bad", "a good film", "an odd but touching story of love"]
+    found = captions.encode("smoke", texts)
+    assert found.dtype == np.float32 and found.shape == (4, captions.encoder("smoke").base.config.hidden_size)
+    np.testing.assert_allclose((found**2).mean(1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(found[0], found[2])
+    for row, text in zip(found, texts, strict=True):
+        np.testing.assert_allclose(captions.encode("smoke", [text])[0], row, atol=1e-4)
+    assert np.abs(found[0] - found[1]).max() > 0.1
+    with pytest.raises(DataError, match="caption 2 of 2 is empty"):
+        captions.encode("smoke", ["a", " "])
+    with pytest.raises(ModelError, match="smoke-llama is none"):
+        captions.encode("smoke-llama", ["a"])
+
+
+@slow
+def test_a_denoiser_that_is_told_captions_draws_what_it_is_asked(trained: Path, tmp_path: Path):
+    text = [*QUICK, "--condition=text", "--layers=1", "--width=16", "--frechet=24", f"--workdir={tmp_path / 'run'}"]
+    outcome = run("diffusion", *text)
+    assert outcome.status == 0, outcome.err
+    model = f"--model={tmp_path / 'run' / 'model'}"
+    base = denoising.load(tmp_path / "run" / "model")
+    assert base.config.num_classes == 0 and base.config.text_features == 32 and base.setting.encoder[0] == "smoke"
+    how = ["--sampler=euler", "--sample_steps=2", f"--output={tmp_path / 'a.png'}"]
+    asked = run("sample_images", model, "--prompt=a cross", "--prompt=square", "--count=8", "--guidance=2", *how)
+    assert asked.status == 0 and "8 images of a cross, square" in asked.out, asked.err
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    measured = run("sample_images", model, "--frechet", "--data=smoke", "--count=60", *how)
+    assert measured.status == 0 and "samples" in measured.out, measured.err
+    adapted = [*QUICK, f"--base={tmp_path / 'run' / 'model'}", "--classes=3", "--images=3", "--frechet=0"]
+    outcome = run("diffusion", *adapted, "--eval_every=0", f"--workdir={tmp_path / 'new'}")
+    assert outcome.status == 0 and "rows of new classes" not in outcome.out, outcome.err
+    adapter = f"--adapter={tmp_path / 'new' / 'adapter'}"
+    assert run("sample_images", adapter, "--prompt=cross", "--count=2", *how).status == 0
+    refused(run("sample_images", model), 2, "--prompt=", "--frechet")
+    refused(run("sample_images", f"--model={trained / 'model'}", "--prompt=cross"), 2, "--prompt is for a model")
+    table = [*adapted, "--mode=table", f"--workdir={tmp_path / 'table'}"]
+    refused(run("diffusion", *table), 2, "--mode=table teaches classes")
 
 
 @pytest.mark.parametrize(
@@ -296,7 +340,7 @@ def test_bad_input_is_one_line(arguments: list[str], status: int, words: list[st
 def test_a_corrupt_image_is_named(tmp_path: Path):
     for name in ("cats", "dogs"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "a.png").write_bytes(denoising.sheet(denoising.stripes(1, 0).images, 1))
+        (tmp_path / name / "a.png").write_bytes(pictures.sheet(pictures.stripes(1, 0).images, 1))
     (tmp_path / "dogs" / "b.png").write_bytes(b"\x89PNG nothing more")
     outcome = run("diffusion", f"--data={tmp_path}", "--size=8", f"--workdir={tmp_path / 'run'}")
     refused(outcome, 3, "dogs/b.png", "not a whole image")

@@ -22,8 +22,8 @@ BATCH = {
 class Network:
     """As much of a flax module as the task calls: returns `gain` x + `offset`, and keeps what it was given."""
 
-    def apply(self, variables, x, t, labels, rngs=None):
-        self.seen = (x, t, labels, rngs)
+    def apply(self, variables, x, t, labels=None, text=None, rngs=None):
+        self.seen = (x, t, labels if text is None else text, rngs)
         p = variables["params"]
         return p["gain"] * x + p["offset"] * jnp.ones_like(x)
 
@@ -95,6 +95,18 @@ def test_training_draws_anew_and_drops_labels():
     np.testing.assert_allclose(np.diff(np.sort(t)), 0.999 / len(t), atol=2e-6)  # low-discrepancy
     assert loss(VARIABLES, big, jax.random.key(1)).sum != a.sum
     assert loss(VARIABLES, big, jax.random.key(0)).sum == a.sum
+
+
+def test_a_text_is_told_dropped_to_zeros_and_told_in_evaluation():
+    big = {k: np.repeat(v, 300, axis=0) for k, v in BATCH.items() if k != "labels"}
+    big["text"] = np.random.default_rng(1).normal(size=(300 * ROWS, 5)).astype(np.float32)
+    network, loss = make(classes=0, label_dropout=0.1)
+    loss(VARIABLES, big, jax.random.key(4))
+    gone = np.asarray((network.seen[2] == 0).all(axis=1))
+    assert 0.07 < gone.mean() < 0.13 and network.seen[2].shape == (300 * ROWS, 5)
+    np.testing.assert_array_equal(network.seen[2][~gone], big["text"][~gone])
+    loss(VARIABLES, big, None)
+    np.testing.assert_array_equal(network.seen[2], big["text"])
 
 
 def test_prior_preservation_is_the_mean_of_each_part():
