@@ -60,17 +60,17 @@ def define_flags() -> None:
         "sft_steps", 300, "Steps of reading the sentences; 0 for a base that knows them.", lower_bound=0
     )
     flags.DEFINE_float("sft_rate", 5e-4, "Learning rate of that.", lower_bound=0.0)
-    training.recipe_flags(learning_rate=1e-3, steps=120, batch_size=64, schedule="linear", warmup=0.05,
+    training.recipe_flags(learning_rate=1e-3, steps=300, batch_size=64, schedule="linear", warmup=0.05,
                           weight_decay=0.0)  # fmt: skip
     flags.DEFINE_integer("prompt_words", 4, "Words of a sentence that are the prompt.", lower_bound=1)
     flags.DEFINE_integer("max_new", 24, "Tokens of a continuation.", lower_bound=1)
-    flags.DEFINE_integer("group", 4, "Continuations of a prompt, of the methods that compare them.", lower_bound=2)
-    flags.DEFINE_float("kl_coef", 0.05, "Price of a nat of KL, of the methods on policy.", lower_bound=0.0)
+    flags.DEFINE_integer("group", 8, "Continuations of a prompt, of the methods that compare them.", lower_bound=2)
+    flags.DEFINE_float("kl_coef", 0.2, "Price of a nat of KL, of the methods on policy.", lower_bound=0.0)
     flags.DEFINE_float("missing_eos", 1.0, "What a continuation without an end is worth less.", lower_bound=0.0)
-    flags.DEFINE_float("beta", 0.1, "Of DPO and KTO.", lower_bound=1e-6)
-    flags.DEFINE_integer("pool", 512, "Prompts that DPO and KTO have samples of, --group each.", lower_bound=1)
+    flags.DEFINE_float("beta", 0.5, "Of DPO and KTO.", lower_bound=1e-6)
+    flags.DEFINE_integer("pool", 1024, "Prompts that DPO and KTO have samples of, --group each.", lower_bound=1)
     flags.DEFINE_integer("eval_prompts", 256, "Held-out prompts a policy is judged on.", lower_bound=2)
-    training.run_flags("runs/sentiment", eval_every=20, save_every=60)
+    training.run_flags("runs/sentiment", eval_every=25, save_every=100)
 
 
 def main() -> None:
@@ -108,6 +108,7 @@ class Table:
         self.splits = text.load(values.data)
         self.runs: list[dict[str, Any]] = []
         self.samples: list[dict[str, Any]] = []
+        self.pools: dict[int, tuple[rollout.Sampled, np.ndarray]] = {}
 
     def run(self) -> None:
         values, began = self.values, time.perf_counter()
@@ -215,14 +216,17 @@ class Table:
 
     def pool(self, seed: int) -> tuple[rollout.Sampled, np.ndarray]:
         """`group` samples of the SFT policy for each of `pool` prompts, and their rewards [pool, group], less the price
-        of what does not end.
+        of what does not end. Methods of the same seed share it.
         """
+        if seed in self.pools:
+            return self.pools[seed]
         values, own = self.values, {"params": self.base.params}
         order = np.random.Philox(key=seed).random_raw(len(self.learn.texts)).argsort()
         prompts = self.learn.take(np.repeat(order[: values.pool], values.group))
         sampled = self.sampled(prompts, own, own, jax.random.key(seed))
         score = self.scored(prompts.texts, self.texts(sampled)) - values.missing_eos * ~sampled.ended
-        return sampled, score.reshape(-1, values.group)
+        self.pools[seed] = sampled, score.reshape(-1, values.group)
+        return self.pools[seed]
 
     def preferred(self, seed: int) -> dict[str, np.ndarray]:
         """The best and the worst of every group."""

@@ -17,6 +17,7 @@ from research.diffusion import process
 from research.errors import FlagError, did_you_mean
 from research.models.dit import DitConfig
 from research.models.registry import build, preset
+from research.nn.kernels import attending
 from research.peft import tree
 from research.rl import rollout
 from research.tasks import diffusion, lm, policy
@@ -71,12 +72,7 @@ def parts(job: Job, micro: int) -> Parts:
     if job.task != "dit" and not hasattr(config, "tie_embeddings"):
         raise FlagError(f"model {job.model!r} is no decoder: task {job.task!r} predicts tokens. Valid: llama3-8b, ...")
     own = {"learn_sigma": False} if job.task == "dit" else {}  # as `experiments.diffusion` trains it
-    if job.attention != "xla":
-        if not hasattr(config, "kernel"):
-            raise FlagError(
-                f"attention={job.attention!r} is for the families of LLaMA and GPT-2, not for {job.model!r}."
-            )
-        own |= {"kernel": job.attention}
+    config = attending(config, job.attention)
     config = dataclasses.replace(config, dtype=job.dtype, param_dtype=job.base_dtype, remat=job.remat, **own)
     model = build(config)
     shape = lambda dtype, *more: jax.ShapeDtypeStruct((micro, job.batch // micro, *more), dtype)  # noqa: E731

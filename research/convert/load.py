@@ -20,7 +20,7 @@ from research.convert.gguf import GGUFSource
 from research.convert.names import LM_HEAD, VIT_HEAD, canonical
 from research.data import assets, joined, smoke
 from research.data.pins import JOINED
-from research.errors import FlagError, ModelError, UserError, did_you_mean
+from research.errors import ModelError, UserError, did_you_mean
 from research.models import tie
 from research.models.bert import BertConfig
 from research.models.llama import LlamaConfig
@@ -28,6 +28,7 @@ from research.models.registry import PRESETS, Config, build, preset
 from research.models.stack import unstack
 from research.models.t5 import T5Config
 from research.models.vit import VitConfig
+from research.nn.kernels import attending
 from research.peft import method, tree
 
 # The packaged weights and the preset that describes them, so that a shape is known without a download.
@@ -88,28 +89,19 @@ def load(
     path = None
     if name in SMOKE:
         tokenizer = smoke.smoke_tokenizer()
-        config = _attending(dataclasses.replace(_smoke_config(name, len(tokenizer)), **options), attention)
+        config = attending(dataclasses.replace(_smoke_config(name, len(tokenizer)), **options), attention)
         params = _random(config, seed)
     else:
         path = _find(name)
         source = GGUFSource(path) if path.is_file() else hf.SafetensorsSource(path)
         config = source.config if isinstance(source, GGUFSource) else _as_saved(_read_config(path), source)
-        config = _attending(dataclasses.replace(config, **options), attention)
+        config = attending(dataclasses.replace(config, **options), attention)
         shapes, axes = method.base(build(config))
         params = hf.import_params(config, source, None if places is None else places(axes, shapes))
         tokenizer = source.tokenizer() if isinstance(source, GGUFSource) else _tokenizer(path)
     if untie:
         params, config = tie.untie(params, config)
     return Pretrained(name, config, build(config), params, tokenizer, fingerprint(params, config), path)
-
-
-def _attending(config: Config, attention: str) -> Config:
-    """The configuration with that attention. FlagError where it has one kind only."""
-    if attention == getattr(config, "kernel", "xla"):
-        return config
-    if not hasattr(config, "kernel"):
-        raise FlagError(f"attention={attention!r} is for the families of LLaMA and GPT-2: {config.family} has 'xla'.")
-    return dataclasses.replace(config, kernel=attention)
 
 
 def load_config(name: str) -> Config:

@@ -8,6 +8,7 @@ The last two never hold the scores [B, H, T, S]. What is not for them is done by
 gate, a bias, dropout or a cache (`Attention` looks for those), and rows that a mesh does not share evenly (`fused`).
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -42,6 +43,15 @@ def check(name: str) -> str:
     if name not in NAMES:
         raise FlagError(f"unknown attention {name!r}.{did_you_mean(name, NAMES)}")
     return name
+
+
+def attending(config: Any, name: str) -> Any:
+    """A model's configuration with that attention. FlagError where it has xla's only."""
+    if name == getattr(config, "kernel", "xla"):
+        return config
+    if not hasattr(config, "kernel"):
+        raise FlagError(f"attention={name!r} is for the families of LLaMA and GPT-2: {config.family} has 'xla'.")
+    return dataclasses.replace(config, kernel=name)
 
 
 def fused(

@@ -47,7 +47,7 @@ def test_a_kernel_hides_no_products():
     found = plan.plan(job(attention="splash", seq=128, batch=4), "fsdp:4")
     step, arguments, _, mesh = plan.program(job(seq=128, batch=4), "fsdp:4", 1)
     assert found["flops"] == matmul_flops(jax.make_jaxpr(step)(*arguments).jaxpr) / mesh.size
-    with pytest.raises(FlagError, match="LLaMA and GPT-2, not for 'dit-s8'"):
+    with pytest.raises(FlagError, match="LLaMA and GPT-2: dit has 'xla'"):
         parts(job(task="dit", model="dit-s8", attention="splash"), 1)
 
 
