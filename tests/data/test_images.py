@@ -2,6 +2,7 @@
 
 import gzip
 
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -102,6 +103,30 @@ def test_image_files(tmp_path):
     path.write_bytes(b"text")
     with pytest.raises(DataError, match="x.png: not a whole image"):
         images.read_image(path, None, 3)
+
+
+def test_a_hub_set_has_labels_or_captions(monkeypatch):
+    pixels = [Image.new("RGB", (6, 4), (40 * i, 0, 0)) for i in range(6)]
+    columns = {"pic": pixels, "kind": [0, 1] * 3, "caption": [f"red {i}" for i in range(6)], "id": list(range(6))}
+    types = {"pic": datasets.Image(), "kind": datasets.ClassLabel(names=["cat", "dog"])}
+    types |= {"caption": datasets.Value("string"), "id": datasets.Value("int64")}
+
+    def hub(*names: str):
+        features = datasets.Features({name: types[name] for name in names})
+        whole = datasets.Dataset.from_dict({name: columns[name] for name in names}, features)
+        monkeypatch.setattr(images.rows, "hub", lambda name, near: datasets.DatasetDict(train=whole, test=whole))
+        return images.load("hub:a/b", size=4)[0]
+
+    labelled, captioned, both = hub("pic", "kind"), hub("id", "pic", "caption"), hub("pic", "caption", "kind")
+    assert labelled.images.shape == (6, 4, 4, 3) and (labelled.images[2, 0, 0] == (80, 0, 0)).all()
+    assert labelled.classes == ("cat", "dog") and labelled.captions[:2] == ("cat", "dog")
+    assert captioned.classes == ("image",) and captioned.captions[5] == both.captions[5] == "red 5"
+    assert list(both.labels) == [0, 1, 0, 1, 0, 1] and both.classes == ("cat", "dog")
+    with pytest.raises(DataError, match="a/b: no columns of images and of class labels or captions among id, pic"):
+        hub("id", "pic")
+    columns["pic"] = [Image.new("RGB", (6 + i, 4)) for i in range(6)]
+    with pytest.raises(DataError, match="a/b: its images have 6 shapes: give a size"):
+        hub("pic", "kind"), images.load("hub:a/b")
 
 
 def test_what_is_refused(tmp_path):
