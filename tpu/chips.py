@@ -14,6 +14,9 @@ import jax
 from research.errors import FlagError, did_you_mean
 
 GIB = 2**30
+# One that compiles takes no chip from another, and does not complain that its host has none.
+ALONE = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+         "TPU_ACCELERATOR_TYPE": "v5litepod-4"}  # fmt: skip
 
 
 class Chip(NamedTuple):
@@ -47,12 +50,19 @@ def chip(topology: str) -> Chip:
     return CHIPS[name]
 
 
+def compile_only() -> None:
+    """For a process that runs nothing: it looks for no chip, and keeps no programs, which it could not read again."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
 def devices(topology: str) -> Sequence[jax.Device]:
     """The devices of a slice that nobody has: what libtpu compiles for. FlagError where libtpu rejects it or is not
     installed.
     """
     valid = chip(topology).topologies
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # one that compiles takes no chip from another
+    for name, value in ALONE.items():
+        os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
     try:

@@ -11,7 +11,6 @@ first. Limits: the planner knows nothing of the host, of data loading, or of the
 import dataclasses
 import itertools
 import json
-import os
 from typing import Any
 
 import jax
@@ -55,7 +54,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    chips.compile_only()
     values = flags.FLAGS
     job = Job(**common.flag_values(*(field.name for field in dataclasses.fields(Job))))
     plans = suggest(job, values.most) if values.suggest else [plan(job, values.mesh, values.micro_batches)]

@@ -6,7 +6,6 @@
 Differs from `tpu.plan`, which compiles one and prints all of it.
 """
 
-import os
 import shlex
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +15,7 @@ from absl import flags
 
 from experiments.shared import common
 from research.files import write_text
-from tpu import plan
+from tpu import chips, plan
 from tpu.steps import Job
 
 # Flags of `tpu.plan`, as one would type them.
@@ -42,7 +41,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    chips.compile_only()
     page = Path(flags.FLAGS.output)
     rows = kept(page)
     for line in PLANS:
