@@ -149,6 +149,7 @@ class Watch:
         self.shown = self.looked_at()
         self.real = evenly(task.test, count) if count else None
         if count:
+            self.told = task.base.told(self.real)
             self.net = network(net, task.train)
             self.target = self.net.measure(self.real.images, self.real.labels)[0]
         rows = metrics.read(workdir / "metrics.jsonl") if (workdir / "metrics.jsonl").exists() else []
@@ -173,8 +174,7 @@ class Watch:
         page = sheet(generate(self.draw, variables, self.shown, count), len(self.task.classes))
         write_bytes(self.workdir / "samples" / f"step{int(state.step):06d}.png", page)
         if self.real is not None:
-            told, number = self.task.base.told(self.real), len(self.real.labels)
-            images = generate(self.draw, variables, told, number, seed=1, batch=count)
+            images = generate(self.draw, variables, self.told, len(self.real.labels), seed=1, batch=count)
             found = score(self.net, "samples", images, self.real.labels, self.target)
             means |= {k: found[k] for k in ("frechet", "consistency") if found[k] is not None}
         return means | {"minutes": (time.perf_counter() - self.began) / 60}
