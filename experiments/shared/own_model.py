@@ -1,4 +1,4 @@
-"""Models that were trained here from nothing, as directories: a denoiser, a feature network.
+"""Models that were trained here from nothing, as directories: a denoiser, a feature network, a vision base.
 
     DIR/config.json          task, the model's configuration, what the task adds, sha256 of the weights
     DIR/model.safetensors    the parameters by path, "layers/attn/q/kernel"
@@ -25,11 +25,12 @@ from research.errors import ModelError
 from research.models.dit import DitConfig
 from research.models.registry import build
 from research.models.unet import UnetConfig
+from research.models.vit import VitConfig
 from research.peft import method as peft
 from research.peft import tree
 
 WEIGHTS, META = "model.safetensors", "config.json"
-CONFIGS = {"dit": DitConfig, "unet": UnetConfig, "features": FeaturesConfig}
+CONFIGS = {"dit": DitConfig, "unet": UnetConfig, "vit": VitConfig, "features": FeaturesConfig}
 
 
 class Saved(NamedTuple):
@@ -69,6 +70,11 @@ def save(directory: Path, task: str, config: Any, params: tree.PyTree, half: boo
     return files.replace_directory(
         directory, fill, ours=lambda d: _record(d).get("task") == task, needed=sum(x.nbytes for x in leaves.values())
     )
+
+
+def task(directory: Path) -> str | None:
+    """What the model of a directory is for; None where it is not one of ours."""
+    return _record(directory).get("task")
 
 
 def load(directory: str | Path, task: str) -> Saved:

@@ -129,9 +129,13 @@ def test_a_base_comes_back_from_its_directory(tiny: vit_base.VitBase, tmp_path: 
     record.write_text(json.dumps(edited | {"classes": ["a", "b", "c"]}))
     with pytest.raises(ModelError, match="head is not one of 3 classes"):
         vit_base.load(str(tmp_path / "base"))
-    record.write_text(json.dumps(edited | {"model": edited["model"] | {"num_layers": 3}}))
-    with pytest.raises(ModelError, match="weights are not those"):
+    record.write_text(json.dumps(edited | {"config": edited["config"] | {"num_layers": 3}}))
+    with pytest.raises(ModelError, match="does not fit its config.json"):
         vit_base.load(str(tmp_path / "base"))
+    record.write_text(json.dumps(edited | {"task": "diffusion"}))
+    with pytest.raises(ModelError, match="no saved model for vision: it is for task 'diffusion'"):
+        vit_base.load(str(tmp_path / "base"))
+    record.write_text(json.dumps(edited))
     weights = tmp_path / "base" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"oops")
     with pytest.raises(ModelError, match="damaged"):
