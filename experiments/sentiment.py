@@ -60,7 +60,7 @@ def define_flags() -> None:
         "sft_steps", 300, "Steps of reading the sentences; 0 for a base that knows them.", lower_bound=0
     )
     flags.DEFINE_float("sft_rate", 5e-4, "Learning rate of that.", lower_bound=0.0)
-    training.recipe_flags(learning_rate=1e-3, steps=600, batch_size=64, schedule="constant", warmup=0.05,
+    training.recipe_flags(learning_rate=1e-3, steps=400, batch_size=64, schedule="constant", warmup=0.05,
                           weight_decay=0.0)  # fmt: skip
     flags.DEFINE_integer("prompt_words", 4, "Words of a sentence that are the prompt.", lower_bound=1)
     flags.DEFINE_integer("max_new", 24, "Tokens of a continuation.", lower_bound=1)
