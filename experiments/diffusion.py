@@ -1,7 +1,7 @@
 """Trains a denoiser of images that is told classes or captions, and adapts a trained one by any method.
 
     python -m experiments.diffusion                                             # Fashion-MNIST; writes WORKDIR/model
-    python -m experiments.diffusion --data=emoji --condition=text --model=dit-mini64 --batch_size=64 --steps=3000
+    python -m experiments.diffusion --data=emoji --condition=text --model=dit-mini64 --batch_size=64 --steps=1500
     python -m experiments.diffusion --classes=0-7 --workdir=runs/eight          # on eight of its ten classes
     python -m experiments.diffusion --base=runs/eight/model --peft=lora:rank=8,targets=all --classes=8,9 --images=50
     python -m experiments.diffusion --mode=table --base=runs/eight/model --classes=8,9 --images=50 --steps=500

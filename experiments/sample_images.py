@@ -19,7 +19,7 @@ from tabulate import tabulate
 from experiments.features import ladder, network, score
 from experiments.shared import common
 from experiments.shared.denoising import Denoiser, Sampling, attach, drawer, generate, load
-from experiments.shared.pictures import choose, evenly, in_turn, load_images, of_classes, sheet
+from experiments.shared.pictures import choose, evenly, load_images, of_classes, sheet
 from research.diffusion import samplers
 from research.errors import DataError, FlagError
 from research.files import write_bytes
@@ -86,8 +86,7 @@ def main() -> None:
         columns, told, captions = asked(base, values.prompt, values.count)
         count = len(told["text"])
     else:
-        count, labels = values.count, in_turn(classes, values.count)
-        told = {"labels": labels} if base.config.num_classes else {}
+        count, told = values.count, base.told_in_turn(classes, values.count)
     images = generate(draw, variables, told, count, values.seed)
     page = images[: max(1, 400 // columns) * columns]
     write_bytes(output, sheet(page, min(columns, count), captions[: -(-len(page) // columns)]))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.shared import captions, common, own_model
+from experiments.shared.pictures import in_turn
 from research.convert.fingerprint import fingerprint
 from research.data import images as image_data
 from research.data.images import Images
@@ -87,6 +88,10 @@ class Denoiser:
         if self.config.text_features:
             return {"text": self.read(data.captions)}
         return {"labels": data.labels} if self.config.num_classes else {}
+
+    def told_in_turn(self, classes: Sequence[int], count: int) -> dict[str, np.ndarray]:
+        """What it is told of `count` images of classes that take turns; nothing where it has none."""
+        return {"labels": in_turn(classes, count)} if self.config.num_classes else {}
 
     def read(self, texts: Sequence[str]) -> np.ndarray:
         """Texts as the model was told them. Raises ModelError where the encoder is no more what it was."""

@@ -14,7 +14,7 @@ import optax
 from experiments.features import network, score
 from experiments.shared import common, training
 from experiments.shared.denoising import Denoiser, Sampling, drawer, generate, new_rows, with_rows
-from experiments.shared.pictures import evenly, in_turn, sheet, to_float
+from experiments.shared.pictures import evenly, sheet, to_float
 from experiments.shared.training import Batch, Run
 from research.data.batches import Batches, eval_batches
 from research.data.images import Images
@@ -162,7 +162,7 @@ class Watch:
         if task.base.config.text_features:
             some = evenly(task.test, count)
             return task.base.told(some.take(np.arange(count) % len(some.labels)))
-        return {"labels": in_turn(task.classes, count)} if task.base.config.num_classes else {}
+        return task.base.told_in_turn(task.classes, count)
 
     def __call__(self, state: states.TrainState, stop: Callable[[], bool] | None = None) -> dict[str, Any] | None:
         averaged = average.read(state, self.recipe.ema)

@@ -72,7 +72,7 @@ def save(directory: Path, task: str, config: Any, params: tree.PyTree, half: boo
     )
 
 
-def task(directory: Path) -> str | None:
+def task_of(directory: Path) -> str | None:
     """What the model of a directory is for; None where it is not one of ours."""
     return _record(directory).get("task")
 

@@ -104,7 +104,7 @@ def _find(name: str) -> VitBase:
     if name == "smoke":
         return fresh(name, SMOKE, (0.5,), (0.5,))
     directory = Path(name).expanduser()
-    if directory.is_dir() and own_model.task(directory):
+    if directory.is_dir() and own_model.task_of(directory):
         return _saved(name, directory)
     if directory.is_dir() and not (directory / CONFIG).exists():
         found = ", ".join(sorted(p.name for p in directory.iterdir())[:5]) or "it is empty"
