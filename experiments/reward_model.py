@@ -258,7 +258,7 @@ def load_reward(directory: str, model: str | None = None, force: bool = False, r
         there = [side for side in sides if side is not None]
         if not there:
             return [None] * len(sides)
-        found = [np.asarray(each(variables, b)) for b in eval_batches(preferences.fill(there, width), rows)]
+        found = [np.asarray(each(variables, b)) for b in eval_batches(preferences.fill(there, width), rows, 16)]
         numbers = iter(np.concatenate(found).tolist())
         return [None if side is None else next(numbers) for side in sides]
 

@@ -55,6 +55,8 @@ def main() -> None:
         raise FlagError(f"--prompt is for a model that is told captions, which {base.name} is not: leave it away.")
     if base.config.text_features and bool(values.prompt) == values.frechet:
         raise FlagError(f"{base.name} draws captions: give --prompt='a red apple', or --frechet for those of --data.")
+    if values.prompt and values.classes is not None:
+        raise FlagError("--prompt says what is drawn: --classes is not for it.")
     classes = learnt if values.classes is None else choose(values.classes, names)
     if unknown := [c for c in classes if c not in learnt]:
         known = ", ".join(f"{c} {names[c]}" for c in learnt)

@@ -93,7 +93,7 @@ def load_judge(directory: str) -> Callable[[Sequence[str]], np.ndarray]:
 
     def probability(texts: Sequence[str]) -> np.ndarray:
         found = tokenize.encode(base.tokenizer, texts, length)
-        parts = [each(variables, {k: b[k] for k in ("tokens", "mask")}) for b in eval_batches(found, 64)]
+        parts = [each(variables, {k: b[k] for k in ("tokens", "mask")}) for b in eval_batches(found, 64, 16)]
         return np.concatenate(jax.device_get(parts))[: len(texts)]
 
     return probability

@@ -16,6 +16,7 @@ attention.png under --workdir; the table's files are `experiments.shared.vision_
 """
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,13 @@ from research.data.images import Images
 from research.errors import FlagError, ModelError
 from research.models.registry import preset
 from research.models.vit import POOLINGS, VitConfig
-from research.nn.patches import divides
 from research.peft import adapter as adapters
 from research.peft import method as peft
 from research.peft import registry
 from research.train.lock import lock
 
 # What a mode does where no flag says otherwise, and with --smoke.
-SMALL = VitConfig(28, 7, 1, 128, 4, 4, 512, pooling="gap")
+SMALL = VitConfig(28, 1, 1, 128, 4, 4, 512, pooling="gap", stem=(32, 64, 128))
 MODES: dict[str, dict[str, Any]] = {
     "pretrain": {
         "data": "fashion-mnist", "peft": "full", "learning_rate": 1e-3, "steps": 11000, "batch_size": 64,
@@ -77,6 +77,10 @@ def define_flags() -> None:
     flags.DEFINE_float("drop_path", 0.0, "Probability that a sublayer is left out for an image.", 0.0, 0.999)
     for name, what in SHAPE.items():
         flags.DEFINE_integer(name, None, f"Of a base to pretrain: {what}.", lower_bound=1)
+    stem = (
+        "Of a base to pretrain: channels of 3x3 convolutions of stride 2, such as 32,64, or none; --patch is of theirs."
+    )
+    flags.DEFINE_string("stem", None, stem)
     flags.DEFINE_enum("pooling", None, list(POOLINGS), "Of a base to pretrain: what the head reads.")
     training.run_flags(None, eval_every=1000, save_every=500)
     flags.DEFINE_string("methods", None, "--mode=table: names or specifications apart by semicolons, each with @rate.")
@@ -130,11 +134,22 @@ def new_config(values: Any) -> VitConfig:
     changes = {
         fields.get(name, name): values[name].value for name in (*SHAPE, "pooling") if values[name].value is not None
     }
+    if values.stem is not None or values.patch is not None:
+        changes["stem"] = stem_of(values.stem or "none")
     if values.width:
         changes["intermediate_size"] = 4 * values.width
     config = replace(config, num_classes=0, **changes, **common.flag_values("dtype", "remat", "drop_path"))
-    divides(config.patch, config.image_size, config.image_size)  # told before the data is read
+    assert config.patches  # a patch that does not divide the size is told before the data is read
     return replace(config, scan=config.num_layers > 8)  # a CPU runs few unrolled layers a fifth faster than a scan
+
+
+def stem_of(text: str) -> tuple[int, ...]:
+    """ "32,64" as (32, 64), "none" as (). FlagError."""
+    if text == "none":
+        return ()
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise FlagError(f"--stem={text!r} is no list of channels. Valid: none, or such as 32,64.")
+    return tuple(map(int, text.split(",")))
 
 
 def train(values: Any, settings: dict[str, Any], recipe: Recipe, workdir: Path) -> None:

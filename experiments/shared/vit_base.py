@@ -59,7 +59,8 @@ def fresh(name: str, config: VitConfig, mean: tuple[float, ...], std: tuple[floa
     def leaf(path: str, x: Any) -> Any:
         if path.endswith(("scale", "bias")):
             return jnp.full(x.shape, path.endswith("scale"), x.dtype)
-        spread = (2 / (x.shape[-2] + x.shape[-1])) ** 0.5 if path.endswith("kernel") else 0.02
+        area = x.shape[0] * x.shape[1] if "/stem_" in path and x.ndim == 4 else 1  # places that a convolution sees
+        spread = (2 / (area * (x.shape[-2] + x.shape[-1]))) ** 0.5 if path.endswith("kernel") else 0.02
         return jnp.asarray(spread * draw.normal(size=x.shape), x.dtype)
 
     params = tree.map_with_path(leaf, peft.base(build(replace(config, scan=True)))[0])

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from research.data import emoji, rows
 from research.data.assets import fetch
@@ -136,28 +137,19 @@ def folder(path: Path, size: int | None, channels: int) -> Images:
 
 def read_image(path: Path, size: int | None, channels: int) -> np.ndarray:
     """uint8 [H, W, C]; transparency is put on white. DataError for a file that is no whole image."""
-    image_module = _pillow()
     try:
-        with image_module.open(path) as image:
+        with Image.open(path) as image:
             return to_array(image, size, channels)
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"{path}: not a whole image ({error}).") from None
 
 
-def _pillow():
-    try:
-        from PIL import Image
-    except ImportError:
-        raise DataError("reading image files needs Pillow: pip install pillow.") from None
-    return Image
-
-
-def to_array(image, size: int | None, channels: int) -> np.ndarray:
+def to_array(image: Image.Image, size: int | None, channels: int) -> np.ndarray:
     """A Pillow image -> uint8 [H, W, C], with its shorter side resized to `size` and cut to the middle square."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        white = _pillow().new("RGBA", image.size, "white")
-        image = _pillow().alpha_composite(white, image)
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
     image = image.convert("L" if channels == 1 else "RGB")
     if size is not None:
         scale = size / min(image.size)

@@ -1,11 +1,13 @@
 """Vision transformer (ViT, arXiv 2010.11929, section 3.1): a pre-LN encoder of image patches.
 
-    embed/patches, embed/class_token [1, D], embed/positions/embedding [N, D]
+    embed/stem_I/{conv,norm}, embed/patches, embed/class_token [1, D], embed/positions/embedding [N, D]
     layers/attn_norm, layers/attn/{q,k,v,o}, layers/mlp_norm, layers/mlp/{up,down}
     norm, head (presets of published size: 1000 classes), map (pooling = map)
 
     x = [class; patches E] + positions;    x += attention(norm(x));    x += mlp(norm(x))
 
+A stem, if there is one, is 3x3 convolutions of stride 2, each with a norm over channels and a GELU, and patches are of
+what they leave (arXiv 2106.14881, section 4, where the norm is a batch's and the patch one place). It is no site.
 Pooling: `token` is the class token's hidden state, `gap` the mean over patches of a model without a class token
 (arXiv 2205.01580), `map` attention from one learnt query (arXiv 2106.04560). Virtual tokens come in behind the
 positions and have none; attention knows no order, so in front of the class token is where the VPT paper has them.
@@ -21,6 +23,7 @@ import jax.numpy as jnp
 
 from research.errors import ModelError
 from research.nn.attention import Attention, attend
+from research.nn.conv import Conv
 from research.nn.embed import Embed
 from research.nn.layers import apply_layers
 from research.nn.linear import Linear
@@ -37,7 +40,8 @@ POOLINGS = ("token", "gap", "map")
 class VitConfig:
     """Shapes and options.
 
-    image_size, patch: pixels of a side; channels: of a pixel.
+    image_size, patch: pixels of a side, of the image and of what the stem leaves of it; channels: of a pixel.
+    stem: channels of its convolutions, each of which halves the sides (an odd one is rounded up).
     num_classes: of the head that the parameters hold, 0 for none; a task's own head is apart.
     drop_path: probability that a sublayer is left out for a row in training.
     pre_norm, patch_bias: CLIP's tower has a norm before its layers and no bias in its patches.
@@ -56,6 +60,7 @@ class VitConfig:
     activation: str = "gelu"
     pre_norm: bool = False
     patch_bias: bool = True
+    stem: tuple[int, ...] = ()
     dropout: float = 0.0
     attention_dropout: float = 0.0
     drop_path: float = 0.0
@@ -66,10 +71,16 @@ class VitConfig:
     remat: str = "none"
 
     @property
+    def grid(self) -> int:
+        """How many patches a side has. ModelError where the patch does not divide what the stem leaves."""
+        side = -(-self.image_size // 2 ** len(self.stem))
+        divides(self.patch, side, side)
+        return side // self.patch
+
+    @property
     def patches(self) -> int:
-        """How many patches an image has. ModelError where the patch does not divide it."""
-        divides(self.patch, self.image_size, self.image_size)
-        return (self.image_size // self.patch) ** 2
+        """How many patches an image has."""
+        return self.grid**2
 
 
 _SIZES = {  # D, L, H, F
@@ -89,6 +100,22 @@ PRESETS["vit-mini"] = VitConfig(28, 4, 1, 128, 6, 4, 512)
 PRESETS["vit-micro"] = VitConfig(28, 7, 1, 64, 4, 4, 256)
 
 
+class Stem(nn.Module):
+    """gelu(norm(conv(x))), half as high and wide."""
+
+    features: int
+    norm_eps: float
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, H, W, C] -> [B, ceil(H/2), ceil(W/2), features]."""
+        t = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = Conv(self.features, stride=2, name="conv", **t)(x)
+        return jax.nn.gelu(LayerNorm(self.norm_eps, param_dtype=self.param_dtype, name="norm")(x))
+
+
 class Embeddings(nn.Module):
     """Patches behind a class token, with learnt positions; virtual tokens come in behind both."""
 
@@ -100,7 +127,10 @@ class Embeddings(nn.Module):
         t = {"dtype": c.dtype, "param_dtype": c.param_dtype}
         if images.shape[1:] != (wanted := (c.image_size, c.image_size, c.channels)):
             raise ModelError(f"images of {list(images.shape[1:])} do not fit the model's {list(wanted)}: resize them.")
-        x = Linear(c.hidden_size, (None, "embed"), c.patch_bias, name="patches", **t)(unfold(images, c.patch))
+        x = images
+        for i, width in enumerate(c.stem):
+            x = Stem(width, c.norm_eps, name=f"stem_{i}", **t)(x)
+        x = Linear(c.hidden_size, (None, "embed"), c.patch_bias, name="patches", **t)(unfold(x, c.patch))
         if c.pooling == "token":
             draw = nn.initializers.normal(0.02)
             token = get_param(self, "class_token", draw, (1, c.hidden_size), (None, "embed"), c.param_dtype)

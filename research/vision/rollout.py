@@ -36,5 +36,4 @@ def rollout(model: Vit, variables: dict, images: jax.Array) -> jax.Array:
         through = step if through is None else step @ through
     own = through[:, -c.patches :] if c.pooling != "token" else through[:, -c.patches - 1 : -c.patches]
     shares = jnp.mean(own, axis=1)[:, -c.patches :]
-    side = c.image_size // c.patch
-    return (shares / jnp.sum(shares, axis=-1, keepdims=True)).reshape(-1, side, side)
+    return (shares / jnp.sum(shares, axis=-1, keepdims=True)).reshape(-1, c.grid, c.grid)

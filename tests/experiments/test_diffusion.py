@@ -309,6 +309,7 @@ def test_a_denoiser_that_is_told_captions_draws_what_it_is_asked(trained: Path, 
     adapter = f"--adapter={tmp_path / 'new' / 'adapter'}"
     assert run("sample_images", adapter, "--prompt=cross", "--count=2", *how).status == 0
     refused(run("sample_images", model), 2, "--prompt=", "--frechet")
+    refused(run("sample_images", model, "--prompt=cross", "--classes=1"), 2, "--classes is not for it")
     refused(run("sample_images", f"--model={trained / 'model'}", "--prompt=cross"), 2, "--prompt is for a model")
     table = [*adapted, "--mode=table", f"--workdir={tmp_path / 'table'}"]
     refused(run("diffusion", *table), 2, "--mode=table teaches classes")

@@ -236,6 +236,7 @@ def test_every_method_of_the_table_fits_a_base(tiny: vit_base.VitBase):
     ("arguments", "status", "words"),
     [
         (["--patch=5"], 4, ["patch 5 does not divide image size 12", "1, 2, 3, 4, 6, 12"]),
+        (["--stem=4,x"], 2, ["--stem='4,x'", "none, or such as 32,64"]),
         (["--model=minilm-l6"], 4, ["does not see images", "vit-mini"]),
         (["--peft=lora"], 2, ["--peft=full", "--mode=adapt"]),
         (["--data=fashion"], 3, ["fashion", "fashion-mnist"]),

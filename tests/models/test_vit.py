@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research.convert.config_vision import vit_to_hf
 from research.errors import ModelError
 from research.models import stack, vit
 from research.models.registry import build, preset
@@ -99,6 +100,27 @@ def test_without_positions_the_order_of_patches_is_lost():
     np.testing.assert_allclose(a[:, 0], b[:, 0], atol=1e-5)
     np.testing.assert_allclose(a[:, 1:3], b[:, 3:5], atol=1e-5)
     assert np.abs(forward(TINY)(p, x)[:, 0] - forward(TINY)(p, turned)[:, 0]).max() > 1e-2
+
+
+def test_a_stem_is_strided_convolutions_each_with_a_norm_and_a_gelu():
+    config = dataclasses.replace(TINY, image_size=7, patch=1, stem=(4, 6), patch_bias=False)
+    p, x = params(config), images(size=7)
+    assert config.patches == 4  # 7 -> 4 -> 2 a side
+    assert tree.count(p["embed"]["stem_0"]) == 9 * 3 * 4 + 3 * 4 and p["embed"]["patches"]["kernel"].shape == (6, 32)
+    found = build(config).apply({"params": p}, x, method=lambda m, images: m.embed(images)[0])
+    y = x
+    for stage in (p["embed"]["stem_0"], p["embed"]["stem_1"]):
+        kernel, padded = np.asarray(stage["conv"]["kernel"]), np.pad(y, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        places = range(0, y.shape[1], 2)
+        rows = [[np.einsum("bhwc,hwcd->bd", padded[:, i : i + 3, j : j + 3], kernel) for j in places] for i in places]
+        y = np.stack([np.stack(row, axis=1) for row in rows], axis=1) + stage["conv"]["bias"]
+        y = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + config.norm_eps)
+        y = np.asarray(jax.nn.gelu(y * stage["norm"]["scale"] + stage["norm"]["bias"]))
+    tokens = y.reshape(4, 4, 6) @ p["embed"]["patches"]["kernel"] + p["embed"]["positions"]["embedding"][1:]
+    np.testing.assert_allclose(found[:, 1:], tokens, atol=1e-5)
+    assert not [site for site in peft.sites(build(config)) if "stem" in site]
+    with pytest.raises(ModelError, match="no place for convolutions in front of the patches"):
+        vit_to_hf(config)
 
 
 def test_position_resize():

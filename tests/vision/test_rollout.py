@@ -45,9 +45,11 @@ def test_one_layer_is_its_own_attention_and_prompts_have_no_place():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pooling", ["token", "gap", "map"])
-def test_every_pooling_and_virtual_tokens_give_a_map(pooling):
-    config = replace(TINY, pooling=pooling)
+@pytest.mark.parametrize(
+    "options", [{"pooling": "token"}, {"pooling": "gap"}, {"pooling": "map"}, {"patch": 1, "stem": (4, 8)}]
+)
+def test_every_pooling_and_virtual_tokens_and_a_stem_give_a_map(options):
+    config = replace(TINY, **options)
     model = build(config)
     method, sites = registry.parse("vpt:length=3,deep=False"), peft.sites(model)
     variables = {"params": tiny.params(config), "peft": peft.init(method, jax.random.key(0), sites)}
