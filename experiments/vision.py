@@ -43,7 +43,7 @@ from research.train.lock import lock
 SMALL = VitConfig(28, 1, 1, 128, 4, 4, 512, pooling="gap", stem=(32, 64, 128))
 MODES: dict[str, dict[str, Any]] = {
     "pretrain": {
-        "data": "fashion-mnist", "peft": "full", "learning_rate": 1e-3, "steps": 11000, "batch_size": 64,
+        "data": "fashion-mnist", "peft": "full", "learning_rate": 1e-3, "steps": 12000, "batch_size": 64,
         "schedule": "cosine", "warmup": 0.02, "weight_decay": 0.05, "augment": "crop=1,flip", "workdir": "runs/vision",
     },
     "adapt": {
