@@ -1,3 +1,6 @@
+import ast
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -288,3 +291,20 @@ def test_memory_of_a_compiled_step():
     assert use["peak"] == use["argument"] + use["output"] + use["temp"] - use["alias"]
     new, _ = compiled(s, frozen, toy.batch(0))
     assert s.trainable["peft"]["w"]["a"].is_deleted() and int(new.step) == 1
+
+
+def test_there_is_one_trainer_and_all_else_that_optimises_is_part_of_a_method():
+    root, where = Path(__file__).parents[2], {"apply_updates": set(), "make_step": set(), "loop.fit": set()}
+    for file in (file for part in ("research", "experiments", "tpu") for file in (root / part).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            for name in where:
+                if called == name or called.endswith(f".{name}"):
+                    where[name].add(file.relative_to(root).as_posix())
+    assert where == {
+        # Before training begins: FAR's and LT-SFT's choice of elements, and the decoder of intrinsic prompts.
+        "apply_updates": {"research/train/step.py", "research/peft/elements.py", "research/peft/ipt.py"},
+        # `kill_test` breaks it on purpose, `plan` compiles it alone.
+        "make_step": {"experiments/shared/training.py", "experiments/kill_test.py", "tpu/plan.py"},
+        "loop.fit": {"experiments/shared/training.py", "experiments/shared/cell.py", "experiments/kill_test.py"},
+    }
