@@ -77,10 +77,9 @@ def define_flags() -> None:
     flags.DEFINE_float("drop_path", 0.0, "Probability that a sublayer is left out for an image.", 0.0, 0.999)
     for name, what in SHAPE.items():
         flags.DEFINE_integer(name, None, f"Of a base to pretrain: {what}.", lower_bound=1)
-    stem = (
-        "Of a base to pretrain: channels of 3x3 convolutions of stride 2, such as 32,64, or none; --patch is of theirs."
+    flags.DEFINE_string(
+        "stem", None, "Of a base to pretrain: channels of convolutions, 32,64 or none; --patch is of theirs."
     )
-    flags.DEFINE_string("stem", None, stem)
     flags.DEFINE_enum("pooling", None, list(POOLINGS), "Of a base to pretrain: what the head reads.")
     training.run_flags(None, eval_every=1000, save_every=500)
     flags.DEFINE_string("methods", None, "--mode=table: names or specifications apart by semicolons, each with @rate.")
@@ -139,7 +138,7 @@ def new_config(values: Any) -> VitConfig:
     if values.width:
         changes["intermediate_size"] = 4 * values.width
     config = replace(config, num_classes=0, **changes, **common.flag_values("dtype", "remat", "drop_path"))
-    assert config.patches  # a patch that does not divide the size is told before the data is read
+    _ = config.grid  # a patch that does not divide the size is told before the data is read
     return replace(config, scan=config.num_layers > 8)  # a CPU runs few unrolled layers a fifth faster than a scan
 
 

@@ -8,6 +8,7 @@ preprocessor_config.json says.
 """
 
 import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def fresh(name: str, config: VitConfig, mean: tuple[float, ...], std: tuple[floa
     def leaf(path: str, x: Any) -> Any:
         if path.endswith(("scale", "bias")):
             return jnp.full(x.shape, path.endswith("scale"), x.dtype)
-        area = x.shape[0] * x.shape[1] if "/stem_" in path and x.ndim == 4 else 1  # places that a convolution sees
+        area = math.prod(x.shape[:-2]) if "/stem_" in path else 1  # places that a convolution sees
         spread = (2 / (area * (x.shape[-2] + x.shape[-1]))) ** 0.5 if path.endswith("kernel") else 0.02
         return jnp.asarray(spread * draw.normal(size=x.shape), x.dtype)
 

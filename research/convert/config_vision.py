@@ -38,10 +38,13 @@ def vit_from_hf(hf: Json) -> VitConfig:
 
 def vit_to_hf(config: VitConfig) -> Json:
     """What `config.json` says of a ViT. ModelError where transformers has none like it."""
-    if config.pooling != "token" or config.pre_norm or not config.patch_bias or config.stem:
-        what = "convolutions in front of the patches" if config.stem else "another start of its layers"
-        what = f"pooling by {config.pooling}" if config.pooling != "token" else what
-        raise ModelError(f"transformers' ViT reads a class token: it has no place for {what}.")
+    parts = {
+        f"pooling by {config.pooling}": config.pooling != "token",
+        "convolutions in front of the patches": config.stem,
+        "another start of its layers": config.pre_norm or not config.patch_bias,
+    }
+    if lacking := [what for what, there in parts.items() if there]:
+        raise ModelError(f"transformers' ViT reads a class token: it has no place for {lacking[0]}.")
     names = [f"LABEL_{i}" for i in range(config.num_classes)]
     return (
         _image_to_hf(config)
