@@ -74,7 +74,7 @@ class VitConfig:
     def grid(self) -> int:
         """How many patches a side has. ModelError where the patch does not divide what the stem leaves."""
         side = -(-self.image_size // 2 ** len(self.stem))
-        divides(self.patch, side, side)
+        divides(self.patch, side, side, "what the stem leaves," if self.stem else "image size")
         return side // self.patch
 
     @property

@@ -12,12 +12,12 @@ from research.nn.linear import Linear
 from research.nn.time import frequencies
 
 
-def divides(patch: int, height: int, width: int) -> None:
-    """ModelError where the patch does not divide height and width; it names those that do."""
+def divides(patch: int, height: int, width: int, of: str = "image size") -> None:
+    """ModelError where the patch does not divide height and width, sides `of` what; it names those that do."""
     if patch < 1 or height % patch or width % patch:
         valid = [p for p in range(1, min(height, width) + 1) if height % p == 0 and width % p == 0]
         size = height if height == width else f"{height}x{width}"
-        raise ModelError(f"patch {patch} does not divide image size {size}. Valid: {', '.join(map(str, valid))}.")
+        raise ModelError(f"patch {patch} does not divide {of} {size}. Valid: {', '.join(map(str, valid))}.")
 
 
 def unfold(images: jax.Array, patch: int) -> jax.Array:

@@ -148,6 +148,8 @@ def test_drop_path_leaves_out_whole_rows():
 def test_bad_shapes_are_named():
     with pytest.raises(ModelError, match=r"patch 3 does not divide image size 8. Valid: 1, 2, 4, 8"):
         peft.base(build(dataclasses.replace(TINY, patch=3)))
+    with pytest.raises(ModelError, match=r"patch 3 does not divide what the stem leaves, 4. Valid: 1, 2, 4"):
+        peft.base(build(dataclasses.replace(TINY, patch=3, stem=(4,))))
     with pytest.raises(ModelError, match="unknown pooling"):
         peft.base(build(dataclasses.replace(TINY, pooling="mean")))
     with pytest.raises(ModelError, match="resize them"):
