@@ -60,16 +60,18 @@ def define_flags() -> None:
         "sft_steps", 300, "Steps of reading the sentences; 0 for a base that knows them.", lower_bound=0
     )
     flags.DEFINE_float("sft_rate", 5e-4, "Learning rate of that.", lower_bound=0.0)
-    training.recipe_flags(learning_rate=1e-3, steps=400, batch_size=64, schedule="constant", warmup=0.05,
+    training.recipe_flags(learning_rate=1e-3, steps=250, batch_size=64, schedule="wsd", warmup=0.05,
                           weight_decay=0.0)  # fmt: skip
     flags.DEFINE_integer("prompt_words", 4, "Words of a sentence that are the prompt.", lower_bound=1)
     flags.DEFINE_integer("max_new", 24, "Tokens of a continuation.", lower_bound=1)
     flags.DEFINE_integer("group", 8, "Continuations of a prompt, of the methods that compare them.", lower_bound=2)
-    flags.DEFINE_float("kl_coef", 0.2, "Price of a nat of KL, of the methods on policy.", lower_bound=0.0)
-    flags.DEFINE_float("missing_eos", 1.0, "What a continuation without an end is worth less.", lower_bound=0.0)
+    flags.DEFINE_float("kl_coef", 0.05, "What a nat of KL costs of PPO's and RLOO's reward.", lower_bound=0.0)
+    flags.DEFINE_float("kl_loss", 0.2, "Weight of a token's KL in GRPO's loss, whose rewards are in deviations.",
+                       lower_bound=0.0)  # fmt: skip
+    flags.DEFINE_float("missing_eos", 0.3, "What a continuation without an end is worth less.", lower_bound=0.0)
     flags.DEFINE_float("beta", 0.5, "Of DPO and KTO.", lower_bound=1e-6)
     flags.DEFINE_integer("pool", 1024, "Prompts that DPO and KTO have samples of, --group each.", lower_bound=1)
-    flags.DEFINE_integer("eval_prompts", 256, "Held-out prompts a policy is judged on.", lower_bound=2)
+    flags.DEFINE_integer("eval_prompts", 512, "Held-out prompts a policy is judged on.", lower_bound=2)
     training.run_flags("runs/sentiment", eval_every=50, save_every=100)
 
 
@@ -153,8 +155,9 @@ class Table:
 
     def settings(self, name: str) -> on_policy.Settings:
         more = {"group": self.values.group} | ON_POLICY.get(name, {})
+        more["kl_coef"] = self.values.kl_loss if name == "grpo" else self.values.kl_coef
         prompts = self.recipe.batch_size // more["group"]
-        same = common.flag_values("max_new", "kl_coef", "missing_eos")
+        same = common.flag_values("max_new", "missing_eos")
         return on_policy.Settings(name if name in ON_POLICY else "grpo", prompts=prompts, **same, **more)
 
     def learner(self, name: str, seed: int) -> on_policy.Learner:

@@ -69,7 +69,7 @@ def test_one_table_of_all_methods_and_the_same_command_goes_on(parts: list[str],
     assert again.status == 0, again.err
     kept = {(r["method"], r["seed"]): r for r in json.loads((tmp_path / "result.json").read_text())["runs"]}
     assert kept["grpo", 1] == runs["grpo", 1] and kept["kto", 0] == runs["kto", 0]
-    refused(table(parts, tmp_path, "--methods=grpo", "--kl_coef=0.5"), 2, "holds a run", "kl_coef")
+    refused(table(parts, tmp_path, "--methods=grpo", "--kl_loss=0.5"), 2, "holds a run", "kl_coef")
 
 
 @pytest.mark.slow
