@@ -69,8 +69,9 @@ def define_flags() -> None:
     flags.DEFINE_float("kl_loss", 0.2, "Weight of a token's KL in GRPO's loss, whose rewards are in deviations.",
                        lower_bound=0.0)  # fmt: skip
     flags.DEFINE_float("missing_eos", 0.3, "What a continuation without an end is worth less.", lower_bound=0.0)
-    flags.DEFINE_float("beta", 0.5, "Of DPO and KTO.", lower_bound=1e-6)
-    flags.DEFINE_integer("pool", 1024, "Prompts that DPO and KTO have samples of, --group each.", lower_bound=1)
+    flags.DEFINE_float("beta", 0.2, "Of DPO and KTO.", lower_bound=1e-6)
+    flags.DEFINE_integer("pairs", 4, "DPO's of a group, by rank from both ends; half a group uses all.", lower_bound=1)
+    flags.DEFINE_integer("pool", 2048, "Prompts that DPO and KTO have samples of, --group each.", lower_bound=1)
     flags.DEFINE_integer("eval_prompts", 512, "Held-out prompts a policy is judged on.", lower_bound=2)
     training.run_flags("runs/sentiment", eval_every=50, save_every=100)
 
@@ -190,7 +191,7 @@ class Table:
             identity["settings"] = common.jsonable(settings)
             result = on_policy.train(learner, settings, self.recipe, where, identity, **options)
         else:
-            identity |= common.flag_values("beta", "pool", "missing_eos")
+            identity |= common.flag_values("beta", "pairs", "pool", "missing_eos")
             curve = ("loss", "eval/reward", "eval/positive", "eval/kl_sequence")
             options |= {"curve": curve, "evaluate": learner.evaluate}
             result = training.train(learner.run, learner.batch, self.recipe, where, identity, **options)
@@ -232,10 +233,10 @@ class Table:
         return self.pools[seed]
 
     def preferred(self, seed: int) -> dict[str, np.ndarray]:
-        """The best and the worst of every group."""
+        """The best of every group with its worst, the second best with the second worst, and so on."""
         sampled, score = self.pool(seed)
-        best, worst, differ = pairs.best_and_worst(score)
-        first = self.values.group * np.arange(len(score))
+        best, worst, differ = pairs.ranked(score, self.values.pairs)
+        first = self.values.group * np.arange(len(score))[:, None]
         sides = {"chosen": (first + best)[differ], "rejected": (first + worst)[differ]}
         leaves = {k: getattr(sampled, k) for k in ("tokens", "mask", "completion")}
         return {f"{side}_{k}": leaf[rows] for side, rows in sides.items() for k, leaf in leaves.items()}

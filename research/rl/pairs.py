@@ -2,19 +2,26 @@
 
 import numpy as np
 
-from research.rl.rewards import best_of
-
 
 def bradley_terry(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """P(first beats second) = 1 / (1 + exp(second - first)), [...] from scores [...]."""
     return 1 / (1 + np.exp(np.asarray(second, np.float64) - first))
 
 
+def ranked(rewards: np.ndarray, pairs: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """[P, G] -> the k-th best and the k-th worst of each group for k below `pairs` (indices within it), and whether the
+    first is worth more: each [P, pairs]. A NaN never is.
+    """
+    known = np.isfinite(rewards)
+    best = np.argsort(np.where(known, -rewards, np.inf), axis=1, kind="stable")[:, :pairs]
+    worst = np.argsort(np.where(known, rewards, np.inf), axis=1, kind="stable")[:, :pairs]
+    return best, worst, np.take_along_axis(rewards, best, 1) > np.take_along_axis(rewards, worst, 1)
+
+
 def best_and_worst(rewards: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """[P, G] -> best [P], worst [P] (indices within the group), and whether they differ [P]; NaN is never picked."""
-    best, worst = best_of(rewards), best_of(-rewards)
-    high, low = (np.take_along_axis(rewards, i[:, None], axis=1)[:, 0] for i in (best, worst))
-    return best, worst, high > low
+    best, worst, differ = (x[:, 0] for x in ranked(rewards, 1))
+    return best, worst, differ
 
 
 def rotate(rows: int) -> np.ndarray:

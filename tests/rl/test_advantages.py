@@ -126,5 +126,8 @@ def test_kl_of_best_of_n_by_enumeration():
 def test_pairs():
     best, worst, differ = pairs.best_and_worst(np.asarray([[1.0, 3, np.nan, 2], [2, 2, 2, 2]]))
     assert (best[0], worst[0], differ.tolist()) == (1, 0, [True, False])
+    best, worst, differ = pairs.ranked(np.asarray([[1.0, 3, np.nan, 2, 0], [2, 2, 2, 2, 2]]), 3)
+    assert [best[0].tolist()[:2], worst[0].tolist()[:2]] == [[1, 3], [4, 0]]
+    assert differ.tolist() == [[True, True, False], [False] * 3], "two pairs of four scores, none of equal ones"
     assert all(pairs.rotate(n)[i] != i for n in (2, 3, 5) for i in range(n))
     assert pairs.bradley_terry(1.0, 1.0) == 0.5 and pairs.bradley_terry(2.0, 1.0) == pytest.approx(0.731058579)
