@@ -12,9 +12,7 @@ def ranked(rewards: np.ndarray, pairs: int) -> tuple[np.ndarray, np.ndarray, np.
     """[P, G] -> the k-th best and the k-th worst of each group for k below `pairs` (indices within it), and whether the
     first is worth more: each [P, pairs]. A NaN never is.
     """
-    known = np.isfinite(rewards)
-    best = np.argsort(np.where(known, -rewards, np.inf), axis=1, kind="stable")[:, :pairs]
-    worst = np.argsort(np.where(known, rewards, np.inf), axis=1, kind="stable")[:, :pairs]
+    best, worst = (np.argsort(x, axis=1, kind="stable")[:, :pairs] for x in (-rewards, rewards))  # NaN comes last
     return best, worst, np.take_along_axis(rewards, best, 1) > np.take_along_axis(rewards, worst, 1)
 
 
