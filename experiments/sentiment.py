@@ -156,10 +156,10 @@ class Table:
 
     def settings(self, name: str) -> on_policy.Settings:
         more = {"group": self.values.group} | ON_POLICY.get(name, {})
-        more["kl_coef"] = self.values.kl_loss if name == "grpo" else self.values.kl_coef
         prompts = self.recipe.batch_size // more["group"]
         same = common.flag_values("max_new", "missing_eos")
-        return on_policy.Settings(name if name in ON_POLICY else "grpo", prompts=prompts, **same, **more)
+        found = on_policy.Settings(name if name in ON_POLICY else "grpo", prompts=prompts, **same, **more)
+        return replace(found, kl_coef=self.values.kl_coef if found.kl_in_reward else self.values.kl_loss)
 
     def learner(self, name: str, seed: int) -> on_policy.Learner:
         """A run that starts at the SFT policy."""

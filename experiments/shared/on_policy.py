@@ -63,10 +63,14 @@ class Settings:
         return self.prompts * self.group
 
     @property
+    def kl_in_reward(self) -> bool:
+        return policy.variant(self.variant).advantage in rollout.KL_IN_REWARD
+
+    @property
     def formula(self) -> policy.Variant:
         """The variant; where the KL is part of the reward it is not part of the loss."""
         found = policy.variant(self.variant)
-        in_loss = 0.0 if found.advantage in rollout.KL_IN_REWARD else self.kl_coef
+        in_loss = 0.0 if self.kl_in_reward else self.kl_coef
         length = self.max_new if self.variant == "dr_grpo" else found.length
         return replace(found, kl_coef=in_loss, entropy_coef=self.entropy_coef, length=length)
 
@@ -74,7 +78,7 @@ class Settings:
     def controller(self) -> Fixed | Adaptive:
         if self.kl_target is None:
             return Fixed(self.kl_coef)
-        if self.formula.advantage not in rollout.KL_IN_REWARD:
+        if not self.kl_in_reward:
             raise FlagError(f"kl_target={self.kl_target}: {self.variant} has a fixed kl_coef, in its loss.")
         return Adaptive(self.kl_coef, self.kl_target, self.kl_horizon)
 

@@ -8,7 +8,7 @@ All arrays are int32 [N, T] and go into `batches.Batches`, so that a batch is a 
 decreasing (Johnson 1973) needs at most 11/9 of the fewest rows, plus 6/9 of one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -73,6 +73,28 @@ def unpacked(examples: Sequence[Encoded], length: int, pad: int = 0) -> dict[str
     """Returns what `pack` does, with one example a row, in order."""
     _check(np.asarray([len(example.tokens) for example in examples], np.int64), length)
     return _fill(examples, [[number] for number in range(len(examples))], length, pad)
+
+
+def pack_pairs(leaves: Mapping[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+    """Pairs, several to a row and both sides of one in the same row, by first fit decreasing.
+
+    leaves: {chosen,rejected}_{tokens,mask,completion} [N, T], padded on the right. Returns tokens, mask, completion,
+    segments int32 [R, length] and weight float32 [R, P], 1 for each pair of a row, none of which has more than P; pair
+    p of a row, from 0, lies in segments 2p + 1 and 2p + 2. Raises DataError as `pack` does.
+    """
+    sides = [[leaves[f"{side}_{name}"] for name in ("tokens", "completion", "mask")] for side in ("chosen", "rejected")]
+    documents = [
+        Encoded(tokens[real > 0], learnt[real > 0])
+        for pair in zip(*(zip(*side, strict=True) for side in sides), strict=True)
+        for tokens, learnt, real in pair
+    ]
+    sizes = np.asarray([len(each.tokens) for each in documents], np.int64).reshape(-1, 2).sum(axis=1)
+    _check(sizes, length)
+    packed = _first_fit(sizes, length)
+    arrays = _fill(documents, [[d for n in row for d in (2 * n, 2 * n + 1)] for row in packed], length, 0)
+    kept = {"completion" if name == "loss_mask" else name: x for name, x in arrays.items() if name != "positions"}
+    counts = np.asarray([len(row) for row in packed])
+    return kept | {"weight": np.float32(np.arange(counts.max()) < counts[:, None])}
 
 
 def efficiency(arrays: dict[str, np.ndarray]) -> float:

@@ -37,10 +37,12 @@ def sequence_logprobs(
     """Scores the completion of each row: position t holds log p(token t | tokens before t).
 
     batch: tokens, mask, completion int [B, T]; completion marks the tokens to score, its EOS included. Masks come from
-    lengths, never from a pad id. temperature divides the logits, as sampling did. chunk: so many positions' logits
-    [B, chunk, V] live at a time, computed again in the backward pass; None keeps [B, T, V].
+    lengths, never from a pad id. Optional segments int [B, T], where several documents share a row. temperature divides
+    the logits, as sampling did. chunk: so many positions' logits [B, chunk, V] live at a time, computed again in the
+    backward pass; None keeps [B, T, V].
     """
-    hidden = model.apply(model_variables(variables), batch["tokens"], batch["mask"])[:, :-1]
+    inputs = [batch[name] for name in ("tokens", "mask", "segments") if name in batch]
+    hidden = model.apply(model_variables(variables), *inputs)[:, :-1]
     labels, shape = batch["tokens"][:, 1:], batch["tokens"].shape
 
     def part(xs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -59,8 +61,20 @@ def sequence_logprobs(
         logps, entropy = (jnp.moveaxis(x, 0, 1).reshape(shape[0], -1)[:, :steps] for x in out)
     # A token is scored where it and the one before it are real: the first of a row has nothing to be predicted from.
     mask = batch["completion"][:, 1:] * batch["mask"][:, 1:] * batch["mask"][:, :-1]
+    if "segments" in batch:
+        mask *= batch["segments"][:, 1:] == batch["segments"][:, :-1]
     place = lambda x: jnp.pad(jnp.where(mask > 0, x, 0.0), ((0, 0), (1, 0)))  # noqa: E731
     return Scored(place(logps), jnp.pad(mask, ((0, 0), (1, 0))).astype(jnp.float32), place(entropy))
+
+
+def documents(scored: Scored, segments: jax.Array, count: int) -> Scored:
+    """Packed rows [B, T] as a row [B * count, T] for each of their documents 1 to `count`, all else masked.
+
+    Then every loss of `preference` and `policy` is what it is of documents that were never packed: a masked place is
+    not read. Numbers are copied, not computed again.
+    """
+    own = (segments[:, None] == jnp.arange(1, count + 1)[:, None]).reshape(-1, segments.shape[1])
+    return Scored(*(jnp.where(own, jnp.repeat(x, count, axis=0), 0.0) for x in scored))
 
 
 def reference_variables(variables: dict, reference: str) -> dict:
@@ -76,13 +90,16 @@ def reference_variables(variables: dict, reference: str) -> dict:
 
 
 def _completion(model: nn.Module, variables: dict, batch: dict, reference: str | None, known: str, chunk: int | None):
-    scored = sequence_logprobs(model, variables, batch, chunk=chunk)
+    def score(variables: dict) -> Scored:
+        scored = sequence_logprobs(model, variables, batch, chunk=chunk)
+        return documents(scored, batch["segments"], 2 * batch["weight"].shape[1]) if "segments" in batch else scored
+
+    scored = score(variables)
     if reference is None:
         return preference.completion(scored.logps, scored.mask)
     if reference == "batch":
         return preference.completion(scored.logps, scored.mask, batch[known])
-    other = sequence_logprobs(model, reference_variables(variables, reference), batch, chunk=chunk)
-    return preference.completion(scored.logps, scored.mask, other.logps)
+    return preference.completion(scored.logps, scored.mask, score(reference_variables(variables, reference)).logps)
 
 
 def preference_loss(
@@ -93,6 +110,9 @@ def preference_loss(
     batch: chosen, rejected {"tokens", "mask", "completion"} [B, T] of one width; optional weight [B]; with reference
     "batch" reference_chosen, reference_rejected [B]. A pair of equal sides teaches nothing: it weighs 0, and
     `skipped` is the share of such pairs.
+
+    Or packed, as `packing.pack_pairs` leaves them: tokens, mask, completion, segments [B, T] and weight [B, P], 0 where
+    a row has fewer than P pairs; reference_chosen, reference_rejected [B, P].
     """
     options = options or Options()
     if name not in preference.LOSSES:
@@ -101,7 +121,17 @@ def preference_loss(
         raise FlagError(f"no reference {reference!r}.{did_you_mean(reference, REFERENCES)}")
     source = None if name in preference.REFERENCE_FREE else reference
 
+    def packed(variables: dict, batch: dict) -> Loss:
+        if source == "batch":
+            known = jnp.stack([batch["reference_chosen"], batch["reference_rejected"]], axis=-1)
+            batch = batch | {"known": known.reshape(-1)}
+        whole = _completion(model, variables, batch, source, "known", chunk)
+        win, lose = (Completion(*(x.reshape(-1, 2)[:, side] for x in whole)) for side in (0, 1))
+        return preference.paired(name, win, lose, options, batch["weight"].reshape(-1))
+
     def fn(variables: dict, batch: dict, rng: jax.Array | None) -> Loss:
+        if "segments" in batch:
+            return packed(variables, batch)
         chosen, rejected = batch["chosen"], batch["rejected"]
         both = {k: jnp.concatenate([chosen[k], rejected[k]]) for k in ("tokens", "mask", "completion")}
         if source == "batch":

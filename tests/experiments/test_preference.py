@@ -217,6 +217,18 @@ def test_micro_batches_are_one_batch(base, data):
         assert float(told[key]) == pytest.approx(float(again[key]), rel=1e-4, abs=1e-6), key
 
 
+@pytest.mark.slow
+def test_packed_pairs_are_judged_as_pairs_apart(base, data):
+    goal, together = Objective("dpo", Options(), "base"), data.packed()
+    assert len(together.parts["train"]["tokens"]) < len(data.parts["train"]["chosen_tokens"])
+    fresh = started(base, data, "lora", goal)
+    point = fresh.state.replace(trainable=tiny.noise(fresh.state.trainable, 0.3))
+    apart, packed = (training.evaluator(fresh, x.parts["test"], 4)(point) for x in (data, together))
+    assert packed.pop("weight") == apart.pop("weight") == len(data.parts["test"]["chosen_tokens"])
+    assert apart.pop("skipped") == 0 and packed == pytest.approx(apart, rel=1e-4, abs=1e-5)
+    assert abs(apart["rewards/margins"]) > 1e-3
+
+
 # ------------------------------------------------------------------------------------------------- the script
 
 TINY = ["--model=smoke-llama", "--steps=4", "--batch_size=8", "--micro_batches=2", "--max_length=32", "--warmup=0"]
@@ -259,6 +271,25 @@ def test_a_resumed_run_ends_as_one_never_stopped(trained, source, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_mesh_learns_what_one_device_does(trained, source, tmp_path):
+    outcome = run("preference", *TINY, "--micro_batches=1", "--mesh=data:4,fsdp:2", f"--data={source}",
+                  f"--workdir={tmp_path}")  # fmt: skip
+    assert outcome.status == 0, outcome.err
+    one, eight = (load_file(d / "adapter" / "adapter.safetensors") for d in (trained[0], tmp_path))
+    for name, leaf in one.items():
+        np.testing.assert_allclose(eight[name], leaf, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.slow
+def test_learns_from_packed_pairs(trained, source, tmp_path):
+    outcome = run("preference", *TINY, "--packing", "--batch_size=4", f"--data={source}", f"--workdir={tmp_path}")
+    assert outcome.status == 0, outcome.err
+    assert "step 0: loss 0.693147" in outcome.out and "% of the places in rows hold a token" in outcome.out
+    tests = [json.loads((d / "result.json").read_text())["test"] for d in (trained[0], tmp_path)]
+    assert tests[0]["weight"] == tests[1]["weight"] and tests[1]["loss"] < math.log(2) - 0.001
+
+
+@pytest.mark.slow
 def test_goes_on_with_an_adapter_that_is_its_reference(trained, source, tmp_path):
     outcome = run("preference", *TINY, "--loss=ipo", f"--adapter={trained[0] / 'adapter'}", f"--data={source}",
                   "--dry_run", "--micro_batches=1", "--mesh=data:4,fsdp:2", f"--workdir={tmp_path}")  # fmt: skip
@@ -284,6 +315,7 @@ def test_an_adapter_is_adopted_as_it_was_saved(trained, base, data):
         (["--loss=dpp"], 2, ["loss", "dpo"]),
         (["--loss=ipo", "--label_smoothing=0.1"], 2, ["--label_smoothing", "ipo"]),
         (["--loss=simpo", "--reference=base"], 2, ["simpo", "no reference"]),
+        (["--loss=kto", "--packing"], 2, ["--packing", "kto"]),
         (["--beta=0"], 2, ["beta=0.0"]),
         (["--loss=robust", "--label_smoothing=0.5"], 2, ["label_smoothing=0.5", "below 0.5"]),
         (["--divergence=js", "--loss=hinge"], 2, ["--divergence", "hinge"]),
