@@ -58,7 +58,7 @@ def define_flags() -> None:
     flags.DEFINE_float("desirable", 1.0, "KTO's weight of liked answers.", lower_bound=0.0)
     flags.DEFINE_float("undesirable", 1.0, "KTO's weight of the others.", lower_bound=0.0)
     flags.DEFINE_integer("max_length", 256, "Tokens a row, prompt and answer, is cut to.", lower_bound=3)
-    flags.DEFINE_bool("packing", False, "Several pairs to a row of twice the width; --batch_size counts such rows.")
+    flags.DEFINE_enum("packing", "none", ["none", "first_fit"], "How pairs share rows, which then are twice as wide.")
     flags.DEFINE_integer("chunk", 64, "Positions whose logits live at a time; 0 for all.", lower_bound=0)
     training.recipe_flags(learning_rate=5e-5, steps=60, batch_size=8, micro_batches=4, warmup=0.1)
     training.run_flags("runs/preference", eval_every=20, save_every=20)
@@ -113,7 +113,7 @@ def objective(values: Any) -> Objective:
         raise FlagError(f"--label_smoothing is for dpo, cdpo and robust, not for --loss={name}.")
     if values.divergence != "reverse_kl" and ALIASES.get(name, name) not in ("dpo", "robust"):
         raise FlagError(f"--divergence is for dpo, cdpo and robust, not for --loss={name}.")
-    if values.packing and name == "kto":
+    if values.packing != "none" and name == "kto":
         raise FlagError("--packing is for pairs, not for --loss=kto.")
     if values.reference and name in REFERENCE_FREE:
         raise FlagError(f"--loss={name} has no reference: leave --reference out.")
@@ -144,7 +144,7 @@ def main() -> None:
         read = preferences.load_judged if goal.name == "kto" else preferences.load_pairs
         data = read(values.data, encoder, values.max_length)
         classification.check_length(base, added, data.width)
-        data = data.packed() if values.packing else data
+        data = data if values.packing == "none" else data.packed()
         loss = goal.loss(base.model, values.chunk or None)
         run = references.start(
             base, spec, loss, recipe, values.seed, data.parts["train"],

@@ -282,7 +282,9 @@ def test_a_mesh_learns_what_one_device_does(trained, source, tmp_path):
 
 @pytest.mark.slow
 def test_learns_from_packed_pairs(trained, source, tmp_path):
-    outcome = run("preference", *TINY, "--packing", "--batch_size=4", f"--data={source}", f"--workdir={tmp_path}")
+    outcome = run(
+        "preference", *TINY, "--packing=first_fit", "--batch_size=4", f"--data={source}", f"--workdir={tmp_path}"
+    )
     assert outcome.status == 0, outcome.err
     assert "step 0: loss 0.693147" in outcome.out and "% of the places in rows hold a token" in outcome.out
     tests = [json.loads((d / "result.json").read_text())["test"] for d in (trained[0], tmp_path)]
@@ -315,7 +317,7 @@ def test_an_adapter_is_adopted_as_it_was_saved(trained, base, data):
         (["--loss=dpp"], 2, ["loss", "dpo"]),
         (["--loss=ipo", "--label_smoothing=0.1"], 2, ["--label_smoothing", "ipo"]),
         (["--loss=simpo", "--reference=base"], 2, ["simpo", "no reference"]),
-        (["--loss=kto", "--packing"], 2, ["--packing", "kto"]),
+        (["--loss=kto", "--packing=first_fit"], 2, ["--packing", "kto"]),
         (["--beta=0"], 2, ["beta=0.0"]),
         (["--loss=robust", "--label_smoothing=0.5"], 2, ["label_smoothing=0.5", "below 0.5"]),
         (["--divergence=js", "--loss=hinge"], 2, ["--divergence", "hinge"]),
