@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from research.models.gpt2 import Gpt2Config
+from research.models.llama import LlamaConfig
 from research.models.registry import build
 from research.rl import rollout, value
 from research.rl.rollout import Sampled
@@ -15,6 +17,8 @@ from research.tasks import policy
 from tests import tiny
 
 CONFIG = dataclasses.replace(tiny.DECODER, num_layers=1)
+# A token's place is added to it, so that one counted from the edge of a row would show; above, only distances matter.
+ABSOLUTE = Gpt2Config(tiny.VOCAB, 32, 1, 4, 64, max_positions=16, dropout=0.0, attention_dropout=0.0)
 MODEL, STOP, NEW = build(CONFIG), (3, 5, 7, 11), 6
 
 
@@ -28,16 +32,16 @@ def prompts(rows: int = 8, extra: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.cache
-def variables() -> dict:
+def variables(config: LlamaConfig | Gpt2Config = CONFIG) -> dict:
     """Another policy than its reference, with a value head."""
-    moved = tiny.noise(tiny.params(CONFIG), std=0.05)
-    return {"params": moved, "head": {"kernel": jnp.full((CONFIG.hidden_size, 1), 0.1), "bias": jnp.ones(1)}}
+    moved = tiny.noise(tiny.params(config), std=0.05)
+    return {"params": moved, "head": {"kernel": jnp.full((config.hidden_size, 1), 0.1), "bias": jnp.ones(1)}}
 
 
 @functools.cache
-def sampled(extra: int = 0, temperature: float = 1.0) -> Sampled:
-    draw = rollout.sampler(MODEL, max_new=NEW, stop=STOP, temperature=temperature)
-    out = draw(variables(), {"params": tiny.params(CONFIG)}, *prompts(extra=extra), jax.random.key(1))
+def sampled(extra: int = 0, temperature: float = 1.0, config: LlamaConfig | Gpt2Config = CONFIG) -> Sampled:
+    draw = rollout.sampler(build(config), max_new=NEW, stop=STOP, temperature=temperature)
+    out = draw(variables(config), {"params": tiny.params(config)}, *prompts(extra=extra), jax.random.key(1))
     return jax.tree.map(np.asarray, out)
 
 
@@ -81,8 +85,9 @@ def test_a_completion_ends_with_its_first_stop_token():
 
 
 @pytest.mark.slow
-def test_padding_changes_no_number():
-    s, more = sampled(), sampled(extra=5)
+@pytest.mark.parametrize("config", [CONFIG, ABSOLUTE], ids=lambda config: config.family)
+def test_padding_changes_no_number(config):
+    s, more = sampled(config=config), sampled(extra=5, config=config)
     assert np.array_equal(s.tokens[:, 4:], more.tokens[:, 9:])
     for name in ("old", "reference", "values"):
         np.testing.assert_allclose(getattr(more, name)[:, 9:], getattr(s, name)[:, 4:], atol=2e-5, err_msg=name)
