@@ -14,6 +14,7 @@ from experiments import reward_model
 from experiments.shared import characters, common, replies, training
 from experiments.shared.dry_run import dry_run
 from experiments.shared.on_policy import Settings, Task, encode, reference, start, train
+from experiments.shared.references import live_bases
 from research.convert.load import Pretrained
 from research.data import text
 from research.errors import DataError, FlagError
@@ -72,10 +73,11 @@ def main(values: Any, make: Callable[[dict[str, Any]], Settings]) -> None:
                       language(values, settings))  # fmt: skip
         spec = values.peft or ("full" if values.task else "lora")
         learner = start(base, spec, task, settings, recipe, values.seed, mesh)
-        _, copied = reference(base, learner.run)
+        known, copied = reference(base, learner.run)
+        copies = live_bases(learner.run, base, known["params"])
         print(training.summary(base, spec, learner.run))
-        print(f"reference: the base with adapters off, {copied} of its leaves train and are kept a second time"
-              if copied else "reference: the base's own buffers with adapters off, no copy")  # fmt: skip
+        print(f"live base buffers: {copies:.4g}; the reference is the base with the adapters off"
+              + (f": {copied} of its leaves train and are kept a second time" if copied else ": no copy"))  # fmt: skip
         if values.dry_run:
             shown = f"prompt: {task.train.texts[0]!r}"
             return print(dry_run(learner.run, learner.batch, recipe, mesh, shown))
@@ -92,7 +94,7 @@ def main(values: Any, make: Callable[[dict[str, Any]], Settings]) -> None:
         after, samples = learner.judge(result.state)
         variables = {k: x for k, x in result.state.variables(learner.run.frozen).items() if k != "rollout"}
         named = {"name": base.name, "fingerprint": base.fingerprint}
-        found = {"before": before, "after": after, "seconds": result.seconds}
+        found = {"before": before, "after": after, "live_base_buffers": copies, "seconds": result.seconds}
         size = adapters.save(workdir / "adapter", spec, variables, learner.run.sites, named, task="lm", reward=after)
         common.write_json(workdir / "result.json", found)
         lines = (json.dumps(common.finite(row), ensure_ascii=False) + "\n" for row in samples)

@@ -101,9 +101,11 @@ def adopt(run: training.Run, base: Pretrained, variables: dict, recipe: training
     return run._replace(state=state)
 
 
-def live_bases(run: training.Run, base: Pretrained) -> float:
-    """The bytes of the base that the step holds, frozen, training and kept, each buffer once, over the base's own."""
-    kept = run.frozen.get("reference", {}).get("params")
+def live_bases(run: training.Run, base: Pretrained, kept: Any = None) -> float:
+    """The bytes of the base that a run holds, frozen, training and in its reference, each buffer once, over the base's
+    own. kept: the reference's "params"; by default those of the run's frozen collection.
+    """
+    kept = run.frozen.get("reference", {}).get("params") if kept is None else kept
     found = {}
     for leaf in jax.tree.leaves((run.frozen["params"], run.state.trainable["params"], kept)):
         found[tuple(shard.data.unsafe_buffer_pointer() for shard in leaf.addressable_shards)] = leaf.nbytes

@@ -174,7 +174,7 @@ def sorted_run(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("grpo")
     outcome = run("grpo", *SORT, f"--workdir={workdir}")
     assert outcome.status == 0, outcome.err
-    assert "leaves train and are kept a second time" in outcome.out
+    assert "live base buffers: 2; " in outcome.out and "leaves train and are kept a second time" in outcome.out
     return workdir
 
 
@@ -207,7 +207,8 @@ def test_ppo_tunes_a_language_model_with_a_reward_function(tmp_path: Path):
                  f"--reward={HERE}:short"]  # fmt: skip
     outcome = run("ppo", *arguments, f"--workdir={tmp_path}")
     assert outcome.status == 0, outcome.err
-    assert "the base's own buffers" in outcome.out
+    assert "live base buffers: 1; the reference is the base with the adapters off: no copy" in outcome.out
+    assert json.loads((tmp_path / "result.json").read_text())["live_base_buffers"] == 1
     leaves = load_file(tmp_path / "adapter" / "adapter.safetensors")
     assert np.any(leaves["head/kernel"]) and not any(name.startswith("rollout") for name in leaves)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
