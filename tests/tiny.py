@@ -5,6 +5,11 @@ Base weights are drawn large (and biases and norms away from 0 and 1), so that a
 
 import dataclasses
 import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -222,6 +227,19 @@ def same(a: Any, b: Any) -> bool:
         return False
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() and x.dtype == y.dtype for x, y in pairs)
+
+
+def alone(function: str) -> Any:
+    """What "package.module:function" returns, as JSON, in a process of its own: with one device and XLA's optimisation,
+    which the tests' own process does without.
+    """
+    module, name = function.split(":")
+    program = f"import json; from {module} import {name}; print(json.dumps({name}()))"
+    env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    where = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=where, env=env)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def equations(jaxpr: Any) -> list:

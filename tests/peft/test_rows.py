@@ -1,13 +1,8 @@
 """Rows of one batch with adapters of their own: every method, gradients, the bare base, bad input, and the cost."""
 
 import functools
-import json
-import os
 import statistics
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -258,11 +253,5 @@ def cost(rows: int = 32, length: int = 48, width: int = 128, rounds: int = 20) -
 
 @pytest.mark.slow
 def test_eight_adapters_cost_under_1_3_times_one():
-    """In a process of its own: this one compiles without optimisation, for many devices."""
-    program = "import json; from tests.peft.test_rows import cost; print(json.dumps(cost()))"
-    env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    where = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=where, env=env)
-    assert done.returncode == 0, done.stderr
-    ratios = json.loads(done.stdout.splitlines()[-1])
+    ratios = tiny.alone("tests.peft.test_rows:cost")
     assert ratios["forward"] < 1.3 and ratios["step"] < 1.3, ratios

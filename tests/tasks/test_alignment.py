@@ -1,11 +1,6 @@
 """Preference losses through a model: packed as unpacked, on 8 devices as on one, in little more memory than SFT."""
 
 import functools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -206,11 +201,5 @@ def cost() -> dict[str, int]:
 
 @pytest.mark.slow
 def test_dpo_takes_under_1_3_times_the_memory_of_sft():
-    """In a process of its own: this one compiles without optimisation, for many devices."""
-    program = "import json; from tests.tasks.test_alignment import cost; print(json.dumps(cost()))"
-    env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    where = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=where, env=env)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = tiny.alone("tests.tasks.test_alignment:cost")
     assert found["dpo"] < 1.3 * found["sft"], found
