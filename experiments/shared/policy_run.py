@@ -38,7 +38,7 @@ def define_flags(workdir: str, **defaults: Any) -> None:
     )
     flags.DEFINE_string("peft", None, "Method specification. Default: full for a task's own policy, lora for a model.")
     # Adam's first steps are signs of one rollout's noise, and a policy is soon lost: hence the warm-up.
-    training.recipe_flags(learning_rate=3e-4, steps=d["steps"], batch_size=d["batch_size"], schedule="constant",
+    training.recipe_flags(learning_rate=3e-4, steps=d["steps"], batch_size=d["batch_size"], schedule="wsd",
                           warmup=0.03, weight_decay=0.0)  # fmt: skip
     training.run_flags(workdir, eval_every=d.get("eval_every", 50))
     flags.DEFINE_integer("prompts", 32, "Prompts a rollout.", lower_bound=1)
