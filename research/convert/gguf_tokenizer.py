@@ -28,9 +28,12 @@ def build(meta: dict[str, Any], label: str) -> Any:
     if kind not in ("gpt2", "llama"):
         raise ModelError(f"{label}: GGUF tokenizer model {kind!r} is not supported. Valid: gpt2, llama.")
     bpe = (_byte_level if kind == "gpt2" else _sentencepiece)(get, tokens, label)
-    for token, type_ in zip(tokens, get("ggml.token_type", []), strict=False):
-        if type_ in (_CONTROL, _USER_DEFINED):
-            bpe.add_tokens([AddedToken(token, special=type_ == _CONTROL, normalized=False)])
+    added = [
+        AddedToken(token, special=type_ == _CONTROL, normalized=False)
+        for token, type_ in zip(tokens, get("ggml.token_type", []), strict=False)
+        if type_ in (_CONTROL, _USER_DEFINED)
+    ]
+    bpe.add_tokens(added)  # in one call: each builds the matcher of all again, and Gemma has 6,414
     names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
     roles = {role: get(f"ggml.{name}_token_id") for name, role in names.items()}
     roles = {role: tokens[i] for role, i in roles.items() if i is not None and i < len(tokens)}

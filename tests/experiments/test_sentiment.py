@@ -38,22 +38,21 @@ def parts(tmp_path_factory) -> list[str]:
 
 
 def table(parts: list[str], workdir: Path, *more: str) -> Outcome:
-    return run("sentiment", *TINY, *parts, "--eval_every=2", "--seeds=2", f"--workdir={workdir}", *more)
+    return run("sentiment", *TINY, *parts, "--eval_every=2", f"--workdir={workdir}", *more)
 
 
 @pytest.mark.slow
 def test_one_table_of_all_methods_and_the_same_command_goes_on(parts: list[str], tmp_path: Path):
-    first = table(parts, tmp_path)
+    first = table(parts, tmp_path, "--seeds=1")
     assert first.status == 0, first.err
     found = json.loads((tmp_path / "result.json").read_text())
     runs = {(r["method"], r["seed"]): r for r in found["runs"]}
-    assert len(runs) == len(found["runs"]) == 1 + 5 + 5 * 2, "SFT, best of n, five methods with two seeds"
+    assert len(runs) == len(found["runs"]) == 1 + 5 + 5, "SFT, best of n, five methods"
     assert runs["sft", 0]["kl_sequence"] == 0 and runs["grpo", 0]["kl_sequence"] != 0
     best = [runs[f"best of {n}", 0]["reward"] for n in sentiment.SIZES]
     assert best == sorted(best) and best[0] < best[-1]
     for name in sentiment.METHODS[1:]:
-        one, two = runs[name, 0], runs[name, 1]
-        assert one["kl_sequence"] != two["kl_sequence"], f"{name}: seeds differ"
+        one = runs[name, 0]
         assert len(one["way"]) == 2 and one["way"][-1]["reward"] == pytest.approx(one["reward"], abs=1e-6)
         assert one["near"] == max(w["positive"] for w in one["way"])
     lines = [json.loads(line) for line in (tmp_path / "dpo-0" / "metrics.jsonl").read_text().splitlines()]
@@ -65,10 +64,12 @@ def test_one_table_of_all_methods_and_the_same_command_goes_on(parts: list[str],
     assert np.mean([r["positive"] > 0.5 for r in grpo]) == pytest.approx(runs["grpo", 0]["positive"])
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
 
-    again = table(parts, tmp_path, "--methods=grpo,kto")
-    assert again.status == 0, again.err
+    more = table(parts, tmp_path, "--methods=grpo,kto", "--seeds=2")
+    assert more.status == 0, more.err
     kept = {(r["method"], r["seed"]): r for r in json.loads((tmp_path / "result.json").read_text())["runs"]}
-    assert kept["grpo", 1] == runs["grpo", 1] and kept["kto", 0] == runs["kto", 0]
+    for name in ("grpo", "kto"):
+        assert kept[name, 0] == runs[name, 0], f"{name}: what is done is not done again"
+        assert kept[name, 1]["kl_sequence"] != kept[name, 0]["kl_sequence"], f"{name}: seeds differ"
     refused(table(parts, tmp_path, "--methods=grpo", "--kl_loss=0.5"), 2, "holds a run", "kl_coef")
 
 
