@@ -84,6 +84,7 @@ def test_results_of_other_settings_are_never_touched(argument: str, words: str, 
     assert files(made) == before
 
 
+@pytest.mark.slow
 def test_a_begun_run_of_other_settings_is_never_touched(tmp_path: Path, monkeypatch):
     arguments = ["--smoke", "--methods=lora", "--seeds=1", f"--workdir={tmp_path}"]
     with monkeypatch.context() as patch:
@@ -101,6 +102,7 @@ def broken(*_, **__):
     raise RuntimeError("stopped here")
 
 
+@pytest.mark.slow
 def test_a_result_is_written_before_its_plot(tmp_path: Path, monkeypatch):
     arguments = ["--smoke", "--methods=layernorm", "--seeds=1", f"--workdir={tmp_path}"]
     with monkeypatch.context() as patch:

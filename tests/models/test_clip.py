@@ -36,6 +36,7 @@ def test_counts_are_those_of_transformers(name, count):
     assert tree.count(peft.base(build(preset(name)))[0]) == count
 
 
+@pytest.mark.slow
 def test_a_method_sits_in_both_towers_and_starts_from_the_base():
     params, sites = tiny.fill(peft.base(MODEL)[0]), peft.sites(MODEL)
     kinds = {(path.split("/")[0], site.kind) for path, site in sites.items()}

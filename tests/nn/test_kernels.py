@@ -61,6 +61,7 @@ def agree(fns: list[Callable], given: dict, fused_calls: bool = True) -> None:
             np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5 * float(1 + jnp.max(jnp.abs(a))))
 
 
+@pytest.mark.slow
 def test_splash_is_xla():
     agree(*losses("lora:rank=2", None, "left"))
 

@@ -150,6 +150,7 @@ def test_frozen_leaves_that_differ_are_gathered_too():
 _ALPHAS = ("lora", "lora:alpha=3")
 
 
+@pytest.mark.slow
 def test_a_quantised_base_is_shared():
     case, data, fn = tiny.case("lora", "decoder"), tiny.batch(), forward(tiny.case("lora", "decoder"))
     params = quantise_tree(case.point["params"])
