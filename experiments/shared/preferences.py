@@ -23,7 +23,7 @@ from research.data import pairs, rows, text
 from research.data.assets import fetch
 from research.data.chat import TEMPLATES, Chat, PrefixError
 from research.data.instructions import Dropped, Message, conversation, read_records
-from research.data.packing import pack_pairs
+from research.data.packing import efficiency, pack_pairs
 from research.data.text import PARTS, split_of
 from research.errors import DataError, FlagError, ModelError, did_you_mean
 from research.rl.pairs import rotate
@@ -101,9 +101,10 @@ class Data(NamedTuple):
         """The same pairs, as many as fit to a row that is twice as wide: one pair of the longest always does."""
         length = 2 * self.width
         parts = {part: pack_pairs(leaves, length) for part, leaves in self.parts.items()}
-        before = [leaves[f"{side}_mask"] for leaves in self.parts.values() for side in ("chosen", "rejected")]
-        share = [float(np.concatenate(x).mean()) for x in (before, [leaves["mask"] for leaves in parts.values()])]
-        note = f"packed: {100 * share[1]:.0f} % of the places in rows hold a token, {100 * share[0]:.0f} % before"
+        apart = [leaves[f"{side}_mask"] for leaves in self.parts.values() for side in ("chosen", "rejected")]
+        masks = apart, [leaves["mask"] for leaves in parts.values()]
+        before, now = (100 * efficiency({"mask": np.concatenate(x)}) for x in masks)
+        note = f"packed: {now:.0f} % of the places in rows hold a token, {before:.0f} % before"
         return self._replace(parts=parts, notes=(*self.notes, note))
 
     @property
